@@ -1,0 +1,1 @@
+"""Global control service: journal, replica, server and client around the state machine in `state`."""

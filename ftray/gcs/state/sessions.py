@@ -1,0 +1,82 @@
+"""Sessions: the last result of each client, so that a retry takes effect once.
+
+Role: pure. A client draws its id anew when its process starts (workers and drivers: their worker id), numbers its
+commands upwards, and has one in flight: it retries with the same number until it has a result, whichever replica
+gives it. So one result for each client is enough.
+
+Rules: a client is forgotten when its process is known to be dead, by ForgetClients, or as the one that was silent for
+the most commands when there are more than `CLIENTS_MAX`. A forgotten client's id stays barred (the latest
+`FORGOTTEN_MAX` of them), because a copy of a command that is still under way would otherwise take effect a second time.
+
+Rejected: expiry by time (the state machine has no clock); a session to be opened first (a round trip more for each
+process that starts); keeping all results since the last acknowledged one (unbounded, for clients that pipeline).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ftray.gcs.state.tables import Code, Result
+
+CLIENTS_MAX = 100_000
+FORGOTTEN_MAX = 100_000
+CLIENT_ID_BYTES_MAX = 64
+SEQUENCE_MAX = (1 << 63) - 1
+
+
+class Sessions:
+    """Last sequence number and result of each client."""
+
+    __slots__ = ("forgotten", "last")
+
+    def __init__(self) -> None:
+        self.last: dict[bytes, tuple[int, Result]] = {}
+        """In the order of the clients' last commands, the most silent client first."""
+        self.forgotten: dict[bytes, None] = {}
+
+    def recall(self, client_id: bytes, sequence: int, revision: int) -> Result | None:
+        """The answer to a command that must not be applied (again); None if it is new."""
+        if not 1 <= len(client_id) <= CLIENT_ID_BYTES_MAX or not 0 <= sequence <= SEQUENCE_MAX:
+            return Result(
+                Code.INVALID,
+                f"a client id of {len(client_id)} bytes (1 to {CLIENT_ID_BYTES_MAX} are allowed) or a sequence number "
+                f"out of 0..2**63-1 ({sequence})",
+                revision,
+            )
+        known = self.last.get(client_id)
+        if known is not None:
+            if sequence > known[0]:
+                return None
+            if sequence == known[0]:
+                return known[1]
+            return Result(
+                Code.STALE,
+                f"client {client_id.hex()} has had the result of command {known[0]} already, that of {sequence} is "
+                "not kept: one command may be in flight",
+                revision,
+            )
+        if client_id in self.forgotten:
+            return Result(
+                Code.SESSION_EXPIRED,
+                f"client {client_id.hex()} was forgotten (its process was reported dead, or it was silent for long): "
+                "take a new client id, and read what became of the last command",
+                revision,
+            )
+        return None
+
+    def record(self, client_id: bytes, sequence: int, result: Result) -> None:
+        self.last.pop(client_id, None)
+        self.last[client_id] = (sequence, result)
+        if len(self.last) > CLIENTS_MAX:
+            self.forget([next(iter(self.last))])
+
+    def forget(self, client_ids: Iterable[bytes]) -> int:
+        """Bars the clients. Returns how many had a session."""
+        had = 0
+        for client_id in client_ids:
+            had += self.last.pop(client_id, None) is not None
+            self.forgotten.pop(client_id, None)
+            self.forgotten[client_id] = None
+        while len(self.forgotten) > FORGOTTEN_MAX:
+            del self.forgotten[next(iter(self.forgotten))]
+        return had

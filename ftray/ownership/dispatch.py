@@ -1,0 +1,290 @@
+"""Which task goes to which leased worker, how many at once, and how many leases to ask for.
+
+Role: pure, the owner's half of scheduling. Tasks queue per scheduling class; leases of a class take tasks round robin, up to
+a depth that follows measured task time (deep for microsecond tasks, one for long ones). Effects are lists that the shell
+drains: `pushes`, `demands`, `returns`, `recalls`.
+
+Rules:
+- A class that has never been measured has depth one: pipelining must not cost parallelism.
+- A lease whose head has not finished between two ticks is *stuck*: what queues behind the head is recalled and the lease
+  takes nothing until the head is done. No clock is read for this, ticks are enough.
+- After a worker's death its oldest unfinished task spends a retry. Those behind it may have run or not; they run again
+  *solo* (nothing else in flight on that lease), so that a task that kills its worker is told from its neighbours. A task
+  that may not be retried is solo from the start: it runs at most once, and no neighbour's crash can fail it.
+
+Rejected: one lease request per task (a round trip to the raylet each); choosing the least loaded lease by a scan
+(O(leases) per task; round robin over those with room is as even).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ftray.ownership.tasks import TaskRecord
+
+
+class Lease:
+    """A worker that this owner may push tasks of one class to."""
+
+    __slots__ = (
+        "blocked", "closing", "cls", "done_count", "endpoint", "idle_ticks", "in_room", "inflight", "lease_id", "link",
+        "node_id", "pid", "seen_count", "solo", "worker_id",
+    )  # fmt: skip
+
+    def __init__(self, lease_id: int, cls: ClassQueue, worker_id: bytes, endpoint: str, node_id: bytes, pid: int) -> None:
+        self.lease_id = lease_id
+        self.cls = cls
+        self.worker_id = worker_id
+        self.endpoint = endpoint
+        self.node_id = node_id
+        self.pid = pid
+        self.inflight: dict[bytes, TaskRecord] = {}
+        self.link: Any = None
+        self.blocked = False
+        self.closing = False
+        self.solo = False
+        self.in_room = False
+        self.done_count = 0
+        self.seen_count = -1
+        self.idle_ticks = 0
+
+
+class ClassQueue:
+    """Tasks with the same needs, and the leases that serve them."""
+
+    __slots__ = ("class_id", "declared", "depth", "leases", "mean_us", "name", "queue", "resources", "room", "want")
+
+    def __init__(self, class_id: int, resources: Mapping[str, float], name: str) -> None:
+        self.class_id = class_id
+        self.resources = dict(resources)
+        self.name = name
+        self.queue: deque[TaskRecord] = deque()
+        self.leases: dict[int, Lease] = {}
+        self.room: deque[Lease] = deque()
+        self.want = 0
+        self.declared = False
+        self.mean_us = -1.0
+        self.depth = 1
+
+
+class TaskDispatcher:
+    """See the module. Not thread-safe: the shell holds its lock."""
+
+    def __init__(self, want_max: int, depth_max: int, pipeline_work_us: float) -> None:
+        self.want_max = want_max
+        self.depth_max = depth_max
+        self.pipeline_work_us = pipeline_work_us
+        self.classes: dict[Any, ClassQueue] = {}
+        self.by_id: dict[int, ClassQueue] = {}
+        self.leases: dict[int, Lease] = {}
+        self.pushes: list[tuple[Lease, TaskRecord]] = []
+        self.demands: dict[int, ClassQueue] = {}
+        self.returns: list[int] = []
+        self.recalls: list[tuple[Lease, tuple[bytes, ...]]] = []
+
+    def class_for(self, key: Any, resources: Mapping[str, float], name: str) -> ClassQueue:
+        """The queue of a scheduling class, made at first use."""
+        cls = self.classes.get(key)
+        if cls is None:
+            cls = ClassQueue(len(self.by_id) + 1, resources, name)
+            self.classes[key] = cls
+            self.by_id[cls.class_id] = cls
+        return cls
+
+    # --- tasks --------------------------------------------------------------------------------------------------------
+
+    def enqueue(self, task: TaskRecord) -> None:
+        """A task whose dependencies are there."""
+        cls = task.cls
+        assert cls is not None
+        cls.queue.append(task)
+        if cls.room:
+            self.pump(cls)
+        if cls.queue:
+            self._ask(cls)
+
+    def requeue(self, tasks: Iterable[TaskRecord]) -> None:
+        """Tasks that come back go to the front, in their order."""
+        back = list(tasks)
+        touched: dict[int, ClassQueue] = {}
+        for task in reversed(back):
+            assert task.cls is not None
+            task.cls.queue.appendleft(task)
+            touched[task.cls.class_id] = task.cls
+        for cls in touched.values():
+            self.pump(cls)
+            if cls.queue:
+                self._ask(cls)
+
+    def _ask(self, cls: ClassQueue) -> None:
+        """Declares more demand when the queue has outgrown it; doubling keeps the messages few."""
+        want = cls.want
+        if want >= self.want_max:
+            return
+        need = len(cls.queue) + len(cls.leases)
+        if need > want and (want < 4 or need >= 2 * want):
+            cls.want = min(need, self.want_max)
+            self.demands[cls.class_id] = cls
+
+    def pump(self, cls: ClassQueue) -> None:
+        """Pushes what the leases of a class have room for."""
+        queue, room, pushes = cls.queue, cls.room, self.pushes
+        depth = cls.depth
+        passed = 0
+        while queue and room:
+            lease = room[0]
+            inflight = lease.inflight
+            if not lease.in_room or len(inflight) >= depth:
+                room.popleft()
+                lease.in_room = False
+                continue
+            task = queue[0]
+            if task.solo:
+                if inflight:
+                    passed += 1
+                    if passed > len(room):
+                        return
+                    room.rotate(-1)
+                    continue
+                lease.solo = True
+            queue.popleft()
+            passed = 0
+            inflight[task.task_id] = task
+            pushes.append((lease, task))
+            if lease.solo or len(inflight) >= depth:
+                room.popleft()
+                lease.in_room = False
+            elif len(room) > 1:
+                room.rotate(-1)
+
+    def done(self, lease: Lease, task_id: bytes, work_us: int) -> TaskRecord | None:
+        """A reply arrived; returns its task, or None for one that this lease does not run."""
+        task = lease.inflight.pop(task_id, None)
+        if task is None:
+            return None
+        cls = lease.cls
+        mean = cls.mean_us
+        mean = cls.mean_us = work_us if mean < 0 else mean + (work_us - mean) * 0.125
+        depth = int(self.pipeline_work_us / (mean + 10.0))
+        cls.depth = 1 if depth < 1 else (depth if depth < self.depth_max else self.depth_max)
+        lease.done_count += 1
+        lease.blocked = False
+        lease.solo = False
+        if lease.closing:
+            if not lease.inflight:
+                self.give_back(lease)
+        elif not lease.in_room and len(lease.inflight) < cls.depth:
+            lease.in_room = True
+            cls.room.append(lease)
+        if cls.queue and cls.room:
+            self.pump(cls)
+        return task
+
+    def handed_back(self, lease: Lease, task_ids: Iterable[bytes], blocked: bool) -> None:
+        """The worker returned tasks that it had not started."""
+        if blocked and lease.inflight:
+            self._block(lease)
+        tasks = [task for task_id in task_ids if (task := lease.inflight.pop(task_id, None)) is not None]
+        if not lease.inflight:
+            lease.blocked = False
+            lease.solo = False
+            if lease.closing:
+                self.give_back(lease)
+            elif not lease.in_room:
+                lease.in_room = True
+                lease.cls.room.append(lease)
+        self.requeue(tasks)
+
+    def _block(self, lease: Lease) -> None:
+        lease.blocked = True
+        lease.in_room = False  # `pump` drops it from the room when it comes to it
+        if lease in lease.cls.room:
+            lease.cls.room.remove(lease)
+
+    # --- leases ---------------------------------------------------------------------------------------------------------
+
+    def grant(self, class_id: int, lease: Lease) -> None:
+        """A lease was granted. One that is not needed any more goes straight back."""
+        cls = lease.cls
+        cls.leases[lease.lease_id] = lease
+        self.leases[lease.lease_id] = lease
+        if not cls.queue and len(cls.leases) > cls.want:
+            self.give_back(lease)
+            return
+        lease.in_room = True
+        cls.room.append(lease)
+        self.pump(cls)
+
+    def give_back(self, lease: Lease) -> None:
+        """Returns an idle lease to the raylet and lowers the demand to what is held and needed."""
+        self._remove(lease)
+        self.returns.append(lease.lease_id)
+        cls = lease.cls
+        want = min(len(cls.leases) + len(cls.queue), self.want_max)
+        if want != cls.want:
+            cls.want = want
+            self.demands[cls.class_id] = cls
+
+    def _remove(self, lease: Lease) -> None:
+        self.leases.pop(lease.lease_id, None)
+        lease.cls.leases.pop(lease.lease_id, None)
+        if lease.in_room:
+            lease.in_room = False
+            if lease in lease.cls.room:
+                lease.cls.room.remove(lease)
+
+    def lost(self, lease: Lease) -> list[TaskRecord]:
+        """The worker died; returns its unfinished tasks, oldest first, all marked solo. The demand stands."""
+        self._remove(lease)
+        tasks = list(lease.inflight.values())
+        lease.inflight.clear()
+        for task in tasks:
+            task.solo = True
+        return tasks
+
+    def reclaim(self, lease_id: int) -> None:
+        """Others wait: idle leases go back, and the named one as soon as its running tasks are done."""
+        for lease in list(self.leases.values()):
+            if not lease.inflight and not lease.cls.queue:
+                self.give_back(lease)
+        named = self.leases.get(lease_id)
+        if named is not None:
+            named.closing = True
+            if named.in_room:
+                named.in_room = False
+                if named in named.cls.room:
+                    named.cls.room.remove(named)
+            if not named.inflight:
+                self.give_back(named)
+            elif len(named.inflight) > 1:
+                self.recalls.append((named, tuple(named.inflight)[1:]))
+
+    def tick(self, linger_ticks: int) -> bool:
+        """Recalls from stuck leases, returns long idle ones. True while there is a reason to tick again."""
+        for lease in list(self.leases.values()):
+            if lease.inflight:
+                lease.idle_ticks = 0
+                if lease.seen_count == lease.done_count and len(lease.inflight) > 1 and not lease.blocked:
+                    self._block(lease)
+                    self.recalls.append((lease, tuple(lease.inflight)[1:]))
+                lease.seen_count = lease.done_count
+            elif not lease.cls.queue:
+                lease.idle_ticks += 1
+                if lease.idle_ticks > linger_ticks:
+                    self.give_back(lease)
+        return bool(self.leases)
+
+    def withdraw(self, class_id: int) -> list[TaskRecord]:
+        """Takes all queued tasks of a class (it is infeasible), and its demand."""
+        cls = self.by_id[class_id]
+        tasks = list(cls.queue)
+        cls.queue.clear()
+        cls.want = len(cls.leases)
+        self.demands[class_id] = cls
+        return tasks
+
+    def waiting(self) -> int:
+        """Tasks queued and in flight."""
+        return sum(len(cls.queue) for cls in self.by_id.values()) + sum(len(x.inflight) for x in self.leases.values())

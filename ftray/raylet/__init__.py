@@ -1,0 +1,1 @@
+"""Raylet: the node process, with its worker pool, template, log capture and sessions."""

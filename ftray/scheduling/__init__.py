@@ -1,0 +1,1 @@
+"""Resources of a node, and who may use them when. Pure logic."""

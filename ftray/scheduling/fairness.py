@@ -1,0 +1,237 @@
+"""Fairness: what clients are asked to give back because others wait, and what is kept back for a large request.
+
+Role: pure; the half of `LeaseScheduler` that deals in time. The other half (`leases.py`) tells it who waits, who was
+served and who holds what.
+
+Rules:
+- Idle leases come back at once: while somebody waits for a resource, each other holder of it is asked for its idle
+  ones, at most once in `ASK_PERIOD_MS`. So is a client that waits alone, if it holds leases of other classes.
+- Busy leases come back by fairness: for a class that was not served for `FAIR_AFTER_MS`, and whose client holds nothing
+  of what it lacks (or at least two leases fewer than the client with the most), that client's oldest leases are
+  recalled, as many as cover the lack. If it is the client's own other classes that hold the resources, theirs are. Again
+  after pauses that grow, for each class and for each client. Running tasks end first; nothing is killed.
+- Large requests are not starved by small ones: one that has waited for `RESERVE_AFTER_MS` keeps back what it lacks from
+  others, for `RESERVE_MS` at most and then not again for as long, so that it can't stop the node when a lease never
+  ends. It may not if actors hold so much that it can't fit.
+
+Cost: amortised constant for each event and each pause of each waiting class. A round of asking scans the holders of
+one resource, whose number the resources of the node bound.
+
+Rejected: recalling all a client holds beyond its share at once (one client with one short task would empty every worker
+of the others); a share by weights of resources (the units of GPUs and memory do not compare).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Set
+from heapq import heappop, heappush
+from typing import Final, NamedTuple
+
+from ftray.scheduling.records import Client, Dedicated, DemandClass, Holders, Lease, Shape
+from ftray.scheduling.resources import NodeResources
+
+ASK_PERIOD_MS: Final = 50
+"""A client is asked for idle leases at most this often."""
+FAIR_AFTER_MS: Final = 100
+"""For a class that was not served for longer than this, busy leases are recalled."""
+RECALL_PAUSE_MAX_MS: Final = 1_600
+"""The longest pause between two such recalls for one class; they double from `FAIR_AFTER_MS`."""
+RECALLS_AT_ONCE_MAX: Final = 64
+RESERVE_AFTER_MS: Final = 200
+"""A request that has waited this long may keep resources back from others."""
+RESERVE_MS: Final = 500
+"""For how long, and how long it may not afterwards."""
+
+
+class Reclaim(NamedTuple):
+    """Ask a client for idle leases (`lease_id` is None; `class_id` is an example), or for one lease once it is idle."""
+
+    client: bytes
+    class_id: int
+    lease_id: int | None
+
+
+class Fairness:
+    """Who waits how long, who holds what, and what follows. `waiting` is the scheduler's own dictionary."""
+
+    __slots__ = (
+        "reserved", "_dedicated_units", "_due", "_fresh", "_holders", "_node", "_reserve_again_ms", "_reserved_until_ms",
+        "_timers", "_waiting",
+    )  # fmt: skip
+
+    def __init__(self, node: NodeResources, waiting: Iterable[Shape]) -> None:
+        self._node = node
+        self._waiting = waiting
+        self._holders: dict[str, Holders] = {}
+        self._dedicated_units: dict[str, int] = {}
+        self._fresh: list[DemandClass] = []
+        self._due: list[tuple[float, int, DemandClass | Dedicated]] = []
+        self._timers = 0
+        self.reserved: Shape | None = None
+        """The request that is next as soon as it fits."""
+        self._reserved_until_ms = 0.0
+        self._reserve_again_ms = 0.0
+
+    # --- what the scheduler tells ------------------------------------------------------------------------------------
+
+    def begins(self, waiter: DemandClass | Dedicated) -> None:
+        """It had nothing to wait for, and now has."""
+        if isinstance(waiter, Dedicated):
+            self._time(waiter, waiter.since_ms + FAIR_AFTER_MS)
+        elif not waiter.fresh:
+            waiter.fresh = True
+            self._fresh.append(waiter)
+
+    def stamp(self, now_ms: float) -> None:
+        """Writes the time to classes that began to wait since the clock was last seen (demand comes without one)."""
+        if self.reserved is not None and now_ms >= self._reserved_until_ms:
+            self.reserved = None
+            self._reserve_again_ms = now_ms + RESERVE_MS
+        if self._fresh:
+            for demand in self._fresh:
+                demand.fresh = False
+                self.served(demand, now_ms)
+            self._fresh.clear()
+
+    def served(self, demand: DemandClass, now_ms: float) -> None:
+        """Its patience begins anew."""
+        demand.since_ms = now_ms
+        demand.backoff_ms = 0.0
+        if demand.waiting:
+            self._time(demand, now_ms + FAIR_AFTER_MS)
+
+    def granted(self, shape: Shape) -> None:
+        """Somebody with this request was served, or nobody has it any more."""
+        if self.reserved is shape:
+            self.reserved = None
+
+    def ask_again(self, shape: Shape) -> None:
+        """Somebody new waits with this request: holders may be asked as soon as each one's own period is over."""
+        for name in shape.names:
+            holders = self._holders.get(name)
+            if holders is not None:
+                holders.ask_again()
+
+    def enlist(self, lease: Lease, client: Client) -> None:
+        """The lease can be asked back for what it holds."""
+        if lease.recalled or client.dropped:
+            return
+        for name in lease.shape.names_blocked if lease.blocked else lease.shape.names:
+            holders = self._holders.get(name)
+            if holders is None:
+                holders = self._holders[name] = Holders()
+            holders.add(client, lease)
+
+    def delist(self, lease: Lease, client: Client) -> None:
+        """The lease can't be asked back any more, or not for the same."""
+        if lease.recalled:
+            return
+        for name in lease.shape.names_blocked if lease.blocked else lease.shape.names:
+            self._holders[name].remove(client, lease)
+
+    def dedicated_holds(self, shape: Shape, sign: int) -> None:
+        """An actor got (`sign` 1) or gave back (-1) an allocation."""
+        for name, units in shape.request.items():
+            self._dedicated_units[name] = self._dedicated_units.get(name, 0) + sign * units
+
+    # --- what the scheduler asks -------------------------------------------------------------------------------------
+
+    def kept_back(self) -> Set[str]:
+        """Names of resources that only the reserving request may take now."""
+        return self._node.short(self.reserved.request).keys() if self.reserved is not None else frozenset()
+
+    def reclaims(self, now_ms: float) -> list[Reclaim]:
+        """What to ask clients for."""
+        found: list[Reclaim] = []
+        self.stamp(now_ms)
+        waits = False
+        for shape in self._waiting:
+            waits = True
+            for name in self._node.short(shape.request):
+                holders = self._holders.get(name)
+                if holders is not None and holders.ask_after_ms <= now_ms:
+                    self._ask(shape, holders, now_ms, found)
+        while self._due and (self._due[0][0] < now_ms or not waits):
+            _, timer, waiter = heappop(self._due)
+            if timer == waiter.timer:
+                waiter.timer = 0
+                if waiter.waiting:
+                    self._overdue(waiter, now_ms, found)
+        return found
+
+    def _time(self, waiter: DemandClass | Dedicated, due_ms: float) -> None:
+        """Sees to it that the waiter is looked at when `due_ms` is past (or earlier, which does no harm)."""
+        if not waiter.timer or waiter.due_ms > due_ms:
+            self._timers += 1
+            waiter.timer = self._timers
+            waiter.due_ms = due_ms
+            heappush(self._due, (due_ms, self._timers, waiter))
+
+    def _ask(self, shape: Shape, holders: Holders, now_ms: float, found: list[Reclaim]) -> None:
+        holders.ask_after_ms = now_ms + ASK_PERIOD_MS
+        for client in holders.clients:
+            if client.asked_ms + ASK_PERIOD_MS > now_ms:
+                continue
+            if shape.waits_only_for(client) and not client.holds_elsewhere():
+                continue
+            client.asked_ms = now_ms
+            demand = holders.oldest(client).demand
+            assert demand is not None  # dedicated leases are not listed
+            found.append(Reclaim(client.client_id, demand.class_id, None))
+
+    def _overdue(self, waiter: DemandClass | Dedicated, now_ms: float, found: list[Reclaim]) -> None:
+        due_ms = waiter.since_ms + FAIR_AFTER_MS
+        if due_ms < now_ms:
+            short = self._node.short(waiter.shape.request)
+            if short:
+                self._recall(waiter, short, now_ms, found)
+                self._reserve(waiter.shape, now_ms - waiter.since_ms, now_ms)
+            waiter.backoff_ms = min(max(waiter.backoff_ms * 2, FAIR_AFTER_MS), RECALL_PAUSE_MAX_MS)
+            due_ms = now_ms + waiter.backoff_ms
+        self._time(waiter, due_ms)
+
+    def _recall(
+        self, waiter: DemandClass | Dedicated, short: dict[str, int], now_ms: float, found: list[Reclaim]
+    ) -> None:
+        """Names the oldest leases of those with the most until what is short would be covered."""
+        client = waiter.client if isinstance(waiter, DemandClass) else None
+        from_others = client is None or client.recall_after_ms < now_ms
+        left = RECALLS_AT_ONCE_MAX
+        for name, units in short.items():
+            holders = self._holders.get(name)
+            while units > 0 and left and holders is not None:
+                victim = self._victim(waiter, holders, from_others)
+                if victim is None:
+                    break
+                if client is not None and victim is not client:
+                    client.recall_after_ms = now_ms + FAIR_AFTER_MS
+                lease = holders.oldest(victim)
+                self.delist(lease, victim)
+                lease.recalled = True
+                assert lease.demand is not None
+                found.append(Reclaim(victim.client_id, lease.demand.class_id, lease.lease_id))
+                units -= lease.shape.request.units[name]
+                left -= 1
+
+    def _victim(self, waiter: DemandClass | Dedicated, holders: Holders, from_others: bool) -> Client | None:
+        """Whose oldest lease on the resource the waiter may have recalled."""
+        top = holders.top()
+        if top is None:
+            return None
+        if isinstance(waiter, Dedicated):
+            return top[0]
+        own = holders.count(waiter.client)
+        if own == 0 or top[1] >= own + 2:
+            return top[0] if from_others else None
+        # Nobody has more to give than the client itself: one of its classes makes room for one that has nothing.
+        return waiter.client if not waiter.held else None
+
+    def _reserve(self, shape: Shape, waited_ms: float, now_ms: float) -> None:
+        if (
+            self.reserved is None
+            and waited_ms >= RESERVE_AFTER_MS
+            and now_ms >= self._reserve_again_ms
+            and self._node.feasible(shape.request, besides=self._dedicated_units)
+        ):
+            self.reserved = shape
+            self._reserved_until_ms = now_ms + RESERVE_MS

@@ -1,0 +1,249 @@
+"""What the lease scheduler remembers: clients, their demand by class, leases, and two indexes over them.
+
+Role: pure data with the operations that keep it consistent; the decisions are in `leases.py`.
+
+- A **shape** is one resource request, interned: all who ask for the same amounts queue there, so a dispatch looks at
+  each distinct request once, however many wait for it.
+- The queue of a shape is a heap by (client's turn, class's turn). A turn is the number of the last grant, and only
+  grows, so a stored key is a lower bound: a stale head is put back under its true key, and nothing is searched for.
+- **Holders**, one for each resource name, say which clients hold how many leases on it: buckets by count, in which the
+  top moves by one at a time, and each client's leases in the order of their grant.
+
+Rejected: one queue of clients for all shapes (those whose request does not fit would be passed over at every event);
+removing entries from the middle of a heap (they are skipped when they surface, and swept when they are the majority).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from heapq import heapify, heappop, heappush, heapreplace
+from typing import Final
+
+from ftray.scheduling.resources import CPU, ResourceSet
+
+_LONG_AGO_MS: Final = float("-inf")
+
+
+class Client:
+    """One owner: its classes, its leases, and how long it has been waiting."""
+
+    __slots__ = (
+        "client_id", "classes", "waiting", "leases", "turn", "asked_ms", "recall_after_ms", "dropped",
+    )  # fmt: skip
+
+    def __init__(self, client_id: bytes, turn: int) -> None:
+        self.client_id = client_id
+        self.classes: dict[int, DemandClass] = {}
+        self.waiting: dict[int, DemandClass] = {}
+        """Classes with unmet feasible demand."""
+        self.leases: dict[int, Lease] = {}
+        self.turn = turn
+        """The number of its last grant; before that, of the last grant to anyone when it came."""
+        self.asked_ms = _LONG_AGO_MS
+        """When it was last asked for idle leases."""
+        self.recall_after_ms = _LONG_AGO_MS
+        """Until then no lease of another client is recalled for it."""
+        self.dropped = False
+
+    def holds_elsewhere(self) -> bool:
+        """Whether it holds leases of classes in which it does not wait for more."""
+        return len(self.leases) > sum(len(demand.held) for demand in self.waiting.values())
+
+
+class DemandClass:
+    """A client's demand for leases of one kind: `want` in all, `held` of them granted."""
+
+    __slots__ = (
+        "client", "class_id", "job_id", "shape", "want", "held", "turn", "since_ms", "backoff_ms", "timer", "due_ms",
+        "fresh", "waiting", "queued", "reported",
+    )  # fmt: skip
+
+    def __init__(self, client: Client, class_id: int, job_id: bytes, shape: Shape) -> None:
+        self.client = client
+        self.class_id = class_id
+        self.job_id = job_id
+        self.shape = shape
+        self.want = 0
+        self.held: dict[int, Lease] = {}
+        self.turn = 0
+        self.since_ms = 0.0
+        """When it began to wait, or was last served."""
+        self.backoff_ms = 0.0
+        self.timer = 0
+        """The number of its entry among the timers of `Fairness`, due at `due_ms`; 0 if it has none."""
+        self.due_ms = 0.0
+        self.fresh = False
+        """It has begun to wait and nobody has looked at the clock yet."""
+        self.waiting = False
+        self.queued = False
+        """It has an entry in its shape's heap, possibly a stale one."""
+        self.reported = False
+        """Its client has been told that the node can never give it."""
+
+
+class Dedicated:
+    """An allocation for one actor: waiting until it has a lease."""
+
+    __slots__ = (
+        "token", "shape", "turn", "since_ms", "backoff_ms", "timer", "due_ms", "waiting", "reported", "lease_id",
+    )  # fmt: skip
+
+    def __init__(self, token: Hashable, shape: Shape, turn: int, now_ms: float) -> None:
+        self.token = token
+        self.shape = shape
+        self.turn = turn
+        self.since_ms = now_ms
+        self.backoff_ms = 0.0
+        self.timer = 0
+        self.due_ms = 0.0
+        self.waiting = False
+        self.reported = False
+        self.lease_id = 0
+
+
+class Lease:
+    """Resources granted to one worker: for a client's class, or dedicated to an actor."""
+
+    __slots__ = ("lease_id", "shape", "demand", "dedicated", "blocked", "recalled")
+
+    def __init__(
+        self, lease_id: int, shape: Shape, demand: DemandClass | None = None, dedicated: Dedicated | None = None
+    ) -> None:
+        self.lease_id = lease_id
+        self.shape = shape
+        self.demand = demand
+        self.dedicated = dedicated
+        self.blocked = False
+        """Its CPU is lent to others."""
+        self.recalled = False
+        """Its client has been asked for this very lease; it is not asked twice."""
+
+
+class Shape:
+    """One resource request and all who wait for it."""
+
+    __slots__ = (
+        "request", "amounts", "cpu", "rest", "names", "names_blocked", "feasible", "dedicated", "waiting", "_heap",
+        "_stale", "__weakref__",
+    )  # fmt: skip
+
+    def __init__(self, request: ResourceSet, feasible: bool) -> None:
+        self.request = request
+        self.amounts = request.amounts()
+        """Amounts by name, shared by all grants of this shape: not to be changed."""
+        self.cpu = ResourceSet({CPU: request.units.get(CPU, 0)})
+        self.rest = ResourceSet({name: units for name, units in request.items() if name != CPU})
+        """What a blocked worker keeps: memory and GPUs stay full of its data whether it runs or not."""
+        self.names = tuple(request.units)
+        self.names_blocked = tuple(self.rest.units)
+        self.feasible = feasible
+        self.dedicated: dict[Hashable, Dedicated] = {}
+        """Waiting allocations for actors, oldest first."""
+        self.waiting: dict[Client, int] = {}
+        """Clients with unmet demand here, and in how many classes."""
+        self._heap: list[tuple[int, int, DemandClass]] = []
+        self._stale = 0
+
+    def is_waiting(self) -> bool:
+        return bool(self.waiting) or bool(self.dedicated)
+
+    def enqueue(self, demand: DemandClass, turn: int) -> None:
+        """The class begins to wait, at `turn` unless it still has an entry."""
+        client = demand.client
+        self.waiting[client] = self.waiting.get(client, 0) + 1
+        if demand.queued:
+            self._stale -= 1
+        else:
+            demand.queued = True
+            demand.turn = turn
+            heappush(self._heap, (client.turn, turn, demand))
+
+    def dequeue(self, demand: DemandClass) -> None:
+        """The class (`waiting` already false) waits no longer."""
+        client = demand.client
+        count = self.waiting[client] - 1
+        if count:
+            self.waiting[client] = count
+        else:
+            del self.waiting[client]
+        self._stale += 1
+        if self._stale * 2 > len(self._heap) + 16:
+            for _, _, entry in self._heap:
+                entry.queued = entry.waiting
+            self._heap = [entry for entry in self._heap if entry[2].waiting]
+            heapify(self._heap)
+            self._stale = 0
+
+    def head(self) -> DemandClass | None:
+        """The waiting class whose client was served longest ago; of that client's, the one served longest ago."""
+        heap = self._heap
+        while heap:
+            client_turn, turn, demand = heap[0]
+            if not demand.waiting:
+                heappop(heap)
+                demand.queued = False
+                self._stale -= 1
+            elif client_turn != demand.client.turn or turn != demand.turn:
+                heapreplace(heap, (demand.client.turn, demand.turn, demand))
+            else:
+                return demand
+        return None
+
+    def waits_only_for(self, client: Client) -> bool:
+        """Whether `client` alone waits here."""
+        return not self.dedicated and len(self.waiting) == 1 and client in self.waiting
+
+
+class Holders:
+    """Who holds leases on one resource that could be asked back."""
+
+    __slots__ = ("clients", "ask_after_ms", "_buckets", "_top")
+
+    def __init__(self) -> None:
+        self.clients: dict[Client, dict[int, Lease]] = {}
+        """The leases of each, oldest first."""
+        self.ask_after_ms = _LONG_AGO_MS
+        self._buckets: dict[int, dict[Client, None]] = {}
+        self._top = 0
+
+    def add(self, client: Client, lease: Lease) -> None:
+        leases = self.clients.setdefault(client, {})
+        self._move(client, len(leases), len(leases) + 1)
+        leases[lease.lease_id] = lease
+
+    def remove(self, client: Client, lease: Lease) -> None:
+        leases = self.clients[client]
+        del leases[lease.lease_id]
+        self._move(client, len(leases) + 1, len(leases))
+        if not leases:
+            del self.clients[client]
+
+    def count(self, client: Client | None) -> int:
+        return len(self.clients.get(client, ())) if client is not None else 0
+
+    def top(self) -> tuple[Client, int] | None:
+        """The client with the most leases, and how many; of several, the one that has been there longest."""
+        if not self._top:
+            return None
+        return next(iter(self._buckets[self._top])), self._top
+
+    def oldest(self, client: Client) -> Lease:
+        return next(iter(self.clients[client].values()))
+
+    def ask_again(self) -> None:
+        """Somebody new waits: the clients may be asked again as soon as each one's own period is over."""
+        self.ask_after_ms = _LONG_AGO_MS
+
+    def _move(self, client: Client, before: int, after: int) -> None:
+        if before:
+            bucket = self._buckets[before]
+            del bucket[client]
+            if not bucket:
+                del self._buckets[before]
+                if self._top == before:
+                    # One step is enough: either this client has gone there, or `after` is 0 and nobody is left above.
+                    self._top = before - 1
+        if after:
+            self._buckets.setdefault(after, {})[client] = None
+            if after > self._top:
+                self._top = after

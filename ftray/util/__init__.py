@@ -1,0 +1,1 @@
+"""Conveniences on top of the public interface."""

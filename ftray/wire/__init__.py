@@ -1,0 +1,1 @@
+"""Wire: frames, the handshake and message types (pure), and the reactor that moves them (shell)."""

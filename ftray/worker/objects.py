@@ -1,0 +1,503 @@
+"""Values: `put`, `get`, `wait`, and this node's store as a client sees it.
+
+Role: shell. A small value is bytes in its reference entry. A large one is in the node's arena: created and sealed through
+the raylet, written straight into shared memory, read through a read-only map for each reader.
+
+Pins: this process holds one pin at the raylet for each object that it created or mapped. It is released when the
+entry is gone *and* the last zero-copy view of it is (`arena.read_view` tells). The owner's primary pin is the raylet's,
+dropped by `FreeObjects`.
+
+Rejected: a pin for each view (two messages a `get`); copying on `get` (an 80 MB array would cost 20 ms).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ftray.exceptions import (
+    FtrayError,
+    GetTimeoutError,
+    ObjectFreedError,
+    ObjectLostError,
+    ObjectStoreFullError,
+    OwnerDiedError,
+    TaskError,
+)
+from ftray.ids import PUT_INDEX, short
+from ftray.ownership.references import Entry
+from ftray.wire.messages import (
+    ERROR,
+    IN_STORE,
+    INLINE,
+    CreateObject,
+    FreeObjects,
+    ObjectCreated,
+    ObjectsPinned,
+    PinObjects,
+    ReleaseObjects,
+    SealObject,
+    Value,
+)
+from ftray.worker import waiting
+from ftray.worker.failures import load_task_error
+from ftray.worker.serialization import Serialized, deserialize, loading_refs
+from ftray.worker.waiting import Callback, Waiter, block
+
+if TYPE_CHECKING:
+    from ftray.store.arena import Arena
+    from ftray.worker.core import Core
+
+PENDING, READY_INLINE, READY_STORE, FAILED = waiting.PENDING, waiting.INLINE, waiting.IN_STORE, waiting.FAILED
+
+
+class Pin:
+    """An object of the arena that this process may read."""
+
+    __slots__ = ("held", "offset", "size", "views")
+
+    def __init__(self, offset: int, size: int) -> None:
+        self.offset = offset
+        self.size = size
+        self.views = 0
+        self.held = True
+        """The entry keeps it, views or not."""
+
+
+class ObjectPlane:
+    """See the module."""
+
+    def __init__(self, core: Core) -> None:
+        self.core = core
+        self.arena: Arena | None = None
+        self.pins: dict[bytes, Pin] = {}
+        self.freeing: list[bytes] = []
+        self.resolving: dict[bytes, set[bytes]] = {}
+        """Owner -> objects asked of it and not answered."""
+
+    # --- values arrive ---------------------------------------------------------------------------------------------------
+
+    def resolve(self, object_id: bytes, entry: Entry, state: int, value: object) -> None:
+        """The value (or error) of an object is known, under the lock."""
+        entry.state = state
+        entry.value = value
+        waiters: Any = entry.waiters
+        if waiters is not None:
+            entry.waiters = None
+            for waiter in waiters:
+                waiter.ready(object_id, entry)
+
+    def take_value(self, object_id: bytes, value: Value, payload: bytes | bytearray | memoryview) -> None:
+        """A `Value` arrived for an object known here (or not: then the store is told to free it)."""
+        entry = self.core.entries.get(object_id)
+        if entry is None:
+            if value.kind == IN_STORE:
+                self.free_in_store(object_id)
+            return
+        if entry.state != PENDING:
+            return
+        if value.kind == INLINE:
+            self.resolve(object_id, entry, READY_INLINE, payload)
+        elif value.kind == IN_STORE:
+            self.resolve(object_id, entry, READY_STORE, (value.node_id, value.size))
+        elif value.kind == ERROR:
+            self.resolve(object_id, entry, FAILED, bytes(payload))
+        else:
+            self.resolve(
+                object_id, entry, FAILED, ObjectFreedError(object_id.hex(), "its owner has freed it")
+            )
+
+    def freed(self, object_id: bytes, entry: Entry) -> None:
+        """Nobody holds an object owned here."""
+        if entry.state == READY_STORE:
+            self.unhold(object_id)
+            self.free_in_store(object_id)
+        if object_id[16:] == b"\0\0\0\0":
+            self.core.actors.handle_freed(object_id)
+
+    def forgot(self, object_id: bytes, entry: Entry) -> None:
+        """A borrowed object is not held here any more."""
+        self.unhold(object_id)
+        if entry.owner is not None:
+            asked = self.resolving.get(entry.owner)
+            if asked is not None:
+                asked.discard(object_id)
+        if object_id[16:] == b"\0\0\0\0":
+            self.core.actors.handle_freed(object_id)
+
+    def borrow_lost(self, object_id: bytes, entry: Entry) -> None:
+        if entry.state == PENDING:
+            self.resolve(
+                object_id,
+                entry,
+                FAILED,
+                ObjectLostError(object_id.hex(), "its owner freed it before this process could register"),
+            )
+
+    def owner_died(self, owner: bytes, endpoint: str, why: str) -> None:
+        """The link to an owner broke: its objects are lost here, under the lock."""
+        for object_id in self.core.table.owner_died(owner):
+            entry = self.core.entries[object_id]
+            if entry.state == PENDING:
+                self.resolve(
+                    object_id,
+                    entry,
+                    FAILED,
+                    OwnerDiedError(object_id.hex(), f"at {endpoint}: {why}", owner=owner.hex()),
+                )
+        self.resolving.pop(owner, None)
+
+    def free_in_store(self, object_id: bytes) -> None:
+        if not self.freeing:
+            self.core.reactor.call_later(0, self._send_frees)
+        self.freeing.append(object_id)
+
+    def _send_frees(self) -> None:
+        if self.freeing:
+            self.core.raylet.send(FreeObjects(tuple(self.freeing)))
+            self.freeing.clear()
+
+    # --- pins ------------------------------------------------------------------------------------------------------------
+
+    def unhold(self, object_id: bytes) -> None:
+        pin = self.pins.get(object_id)
+        if pin is not None:
+            pin.held = False
+            if pin.views == 0:
+                self._release(object_id)
+
+    def _release(self, object_id: bytes) -> None:
+        del self.pins[object_id]
+        self.core.raylet.send(ReleaseObjects((object_id,)))
+
+    def drop_views(self) -> None:
+        """Views have died (finalisers queued them), under the lock."""
+        unviewed = self.core.unviewed
+        while unviewed:
+            try:
+                object_id = unviewed.popleft()
+            except IndexError:
+                break
+            pin = self.pins.get(object_id)
+            if pin is not None:
+                pin.views -= 1
+                if pin.views == 0 and not pin.held:
+                    self._release(object_id)
+
+    def open_view(self, object_id: bytes, pin: Pin) -> memoryview:
+        """A read-only view of a pinned object, which keeps it pinned while anything of it lives. Not under the lock."""
+        arena = self.arena
+        assert arena is not None
+        unviewed = self.core.unviewed
+        view: memoryview = arena.read_view(pin.offset, pin.size, lambda: unviewed.append(object_id))
+        return view
+
+    # --- put ---------------------------------------------------------------------------------------------------------------
+
+    def put(self, serialized: Serialized) -> bytes:
+        """Stores a value owned here; returns its id, with one local reference counted.
+
+        Raises ObjectStoreFullError when it does not fit.
+        """
+        core = self.core
+        context = core.context()
+        object_id = context.prefix + context.counter().to_bytes(4, "little") + PUT_INDEX
+        inner = [ref.binary() for ref in serialized.refs]
+        if serialized.size <= core.config.inline_bytes_max:
+            data = serialized.to_bytes()
+            with core.lock:
+                core.drain()
+                entry = core.table.add_owned(object_id)
+                entry.state = READY_INLINE
+                entry.value = data
+                if inner:
+                    core.table.set_contains(object_id, inner)
+                core.tick_soon()
+            return object_id
+        self.write(object_id, serialized, core.worker_id, keep=True)
+        with core.lock:
+            core.drain()
+            entry = core.table.add_owned(object_id)
+            entry.state = READY_STORE
+            entry.value = (core.node_id, serialized.size)
+            if inner:
+                core.table.set_contains(object_id, inner)
+            core.tick_soon()
+        return object_id
+
+    def write(self, object_id: bytes, serialized: Serialized, owner: bytes, keep: bool) -> None:
+        """Creates, writes and seals an object in this node's store. `keep`: this process keeps its pin."""
+        core = self.core
+        size = serialized.size
+        created: ObjectCreated = core.raylet.ask(lambda request: CreateObject(request, object_id, size, owner))
+        if created.offset == -2:
+            if keep:
+                self.pin_now([object_id])
+            return
+        if created.offset < 0:
+            raise ObjectStoreFullError(created.error)
+        arena = self.arena
+        assert arena is not None
+        serialized.write_into(arena.write_view(created.offset, size))
+        with core.lock:
+            core.raylet.send(SealObject(object_id))
+            if keep:
+                self.pins[object_id] = Pin(created.offset, size)
+            else:
+                core.raylet.send(ReleaseObjects((object_id,)))
+            core.reactor.flush_dirty()
+
+    # --- get ---------------------------------------------------------------------------------------------------------------
+
+    def wait_ready(self, refs: Sequence[Any], timeout_s: float | None) -> None:
+        """Blocks until all are ready. Raises GetTimeoutError naming what is missing."""
+        core = self.core
+        entries = core.entries
+        waiter: Waiter | None = None
+        missing = 0
+        hung: list[bytes] = []
+        with core.lock:
+            core.drain()
+            for ref in refs:
+                object_id = ref._id
+                entry = entries.get(object_id)
+                if entry is None:
+                    raise ObjectFreedError(object_id.hex())
+                if entry.state == PENDING:
+                    if waiter is None:
+                        waiter = Waiter(0)
+                    missing += 1
+                    waiters: Any = entry.waiters
+                    if waiters is None:
+                        entry.waiters = [waiter]
+                    else:
+                        waiters.append(waiter)
+                    hung.append(object_id)
+                    if entry.owner is not None:
+                        self.request(object_id, entry)
+            if waiter is None:
+                return
+            waiter.remaining = missing
+            core.settle()
+        done = False
+        try:
+            done = self.block(waiter, timeout_s)
+        finally:
+            if not done:
+                self._unhang(hung, waiter)
+        if not done:
+            raise GetTimeoutError(self.describe_pending(hung, timeout_s))
+
+    def block(self, waiter: Waiter, timeout_s: float | None) -> bool:
+        """Waits; in a worker, lends the CPU after a moment."""
+        core = self.core
+        executor = core.executor
+        if executor is None:
+            return block(core.reactor, waiter, timeout_s)
+        notice_s = core.config.block_notice_ms / 1000.0
+        if timeout_s is not None and timeout_s <= notice_s:
+            return block(core.reactor, waiter, timeout_s)
+        if block(core.reactor, waiter, notice_s):
+            return True
+        executor.blocked()
+        try:
+            return block(core.reactor, waiter, None if timeout_s is None else timeout_s - notice_s)
+        finally:
+            executor.unblocked()
+
+    def _unhang(self, object_ids: list[bytes], waiter: Waiter) -> None:
+        with self.core.lock:
+            for object_id in object_ids:
+                entry = self.core.entries.get(object_id)
+                waiters: Any = entry.waiters if entry is not None else None
+                if waiters is not None and waiter in waiters:
+                    waiters.remove(waiter)
+
+    def describe_pending(self, object_ids: list[bytes], timeout_s: float | None) -> str:
+        """What a `get` that ran out of time was waiting for."""
+        core = self.core
+        with core.lock:
+            left = [x for x in object_ids if (e := core.entries.get(x)) is not None and e.state == PENDING]
+            lines = [f"  {short(x)}: {core.submitter.describe(x)}" for x in left[:5]]
+        more = f"\n  and {len(left) - 5} more" if len(left) > 5 else ""
+        return f"{len(left)} of the objects were not ready within {timeout_s} s; waiting for:\n" + "\n".join(lines) + more
+
+    def request(self, object_id: bytes, entry: Entry) -> None:
+        """Asks the owner for a borrowed object's value, once, under the lock."""
+        owner = entry.owner
+        assert owner is not None
+        asked = self.resolving.setdefault(owner, set())
+        if object_id not in asked:
+            asked.add(object_id)
+            self.core.peers.resolve(owner, entry.owner_endpoint, object_id)
+
+    def get(self, refs: Sequence[Any], timeout_s: float | None) -> list[Any]:
+        """The values, in order; raises the first error found."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        self.wait_ready(refs, timeout_s)
+        entries = self.core.entries
+        values: list[Any] = []
+        stored: list[int] = []
+        for index, ref in enumerate(refs):
+            entry = entries.get(ref._id)
+            if entry is None:
+                raise ObjectFreedError(ref.hex())
+            state = entry.state
+            if state == READY_INLINE:
+                values.append(self.load(ref._id, entry.value))
+            elif state == READY_STORE:
+                stored.append(index)
+                values.append(None)
+            else:
+                raise self.error_of(entry)
+        if stored:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            for index, value in zip(stored, self.load_stored([refs[i]._id for i in stored], left), strict=True):
+                values[index] = value
+        return values
+
+    def load(self, object_id: bytes, data: Any) -> Any:
+        """Deserialises an inline value. Not under the lock."""
+        with loading_refs(self.core.peers.ref_loader(object_id)):
+            return deserialize(data)
+
+    def load_stored(self, object_ids: list[bytes], timeout_s: float | None = None) -> list[Any]:
+        """Maps and deserialises objects of this node's store. Raises ObjectLostError."""
+        pins = self.pin_now(object_ids, timeout_s)
+        values = []
+        for object_id, pin in zip(object_ids, pins, strict=True):
+            with loading_refs(self.core.peers.ref_loader(object_id)):
+                values.append(deserialize(self.open_view(object_id, pin)))
+        return values
+
+    def pin_now(self, object_ids: list[bytes], timeout_s: float | None = None) -> list[Pin]:
+        """Pins objects for reading; each has one view counted that the caller must open."""
+        core = self.core
+        with core.lock:
+            wanted = tuple(dict.fromkeys(x for x in object_ids if x not in self.pins))
+        if wanted:
+            answer: ObjectsPinned = core.raylet.ask(lambda request: PinObjects(request, wanted), timeout_s)
+            with core.lock:
+                for object_id, (offset, size) in zip(wanted, answer.places, strict=True):
+                    if offset < 0:
+                        continue
+                    if object_id in self.pins:
+                        core.raylet.send(ReleaseObjects((object_id,)))  # another thread was faster
+                    else:
+                        self.pins[object_id] = Pin(offset, size)
+        with core.lock:
+            found = []
+            for object_id in object_ids:
+                pin = self.pins.get(object_id)
+                if pin is None:
+                    for other, done in zip(object_ids, found, strict=False):
+                        done.views -= 1
+                        if done.views == 0 and not done.held:
+                            self._release(other)
+                    raise ObjectLostError(
+                        object_id.hex(), "it is not in this node's store any more", node_id=core.node_id.hex()
+                    )
+                pin.views += 1
+                pin.held = object_id in core.entries
+                found.append(pin)
+            core.reactor.flush_dirty()
+        return found
+
+    def error_of(self, entry: Entry) -> BaseException:
+        """The exception that a failed object stands for; a new one each time, since raising adds a traceback."""
+        value = entry.value
+        if isinstance(value, bytes | bytearray | memoryview):
+            error = load_task_error(value)
+            if isinstance(error, TaskError):
+                return error.as_instance_of_cause()
+            return error
+        if isinstance(value, FtrayError):
+            return value.with_traceback(None)
+        assert isinstance(value, BaseException)
+        return value
+
+    # --- wait --------------------------------------------------------------------------------------------------------------
+
+    def wait(self, refs: list[Any], num_returns: int, timeout_s: float | None) -> tuple[list[Any], list[Any]]:
+        """Splits into (ready, not ready) once `num_returns` are ready or time is up."""
+        core = self.core
+        entries = core.entries
+        waiter: Waiter | None = None
+        with core.lock:
+            core.drain()
+            ready_count = 0
+            for ref in refs:
+                entry = entries.get(ref._id)
+                if entry is None or entry.state != PENDING:
+                    ready_count += 1
+                    if ready_count >= num_returns:
+                        break
+            if ready_count < num_returns:
+                waiter = Waiter(num_returns - ready_count)
+                for ref in refs:
+                    entry = entries[ref._id]
+                    if entry.state == PENDING:
+                        if entry.waiters is None:
+                            entry.waiters = [waiter]
+                        else:
+                            entry.waiters.append(waiter)  # type: ignore[attr-defined]
+                        if entry.owner is not None:
+                            self.request(ref._id, entry)
+            core.settle()
+        if waiter is not None:
+            try:
+                self.block(waiter, timeout_s)
+            finally:
+                self._unhang([ref._id for ref in refs], waiter)
+        ready: list[Any] = []
+        rest: list[Any] = []
+        for index, ref in enumerate(refs):
+            entry = entries.get(ref._id)
+            if entry is None or entry.state != PENDING:
+                ready.append(ref)
+                if len(ready) == num_returns:
+                    rest += refs[index + 1 :]
+                    break
+            else:
+                rest.append(ref)
+        return ready, rest
+
+    def when_ready(self, object_id: bytes, fn: Callable[[], None]) -> None:
+        """Calls `fn` (under the lock: it must only hand over) when the object is ready; at once if it is."""
+        core = self.core
+        with core.lock:
+            core.drain()
+            entry = core.entries.get(object_id)
+            if entry is None or entry.state != PENDING:
+                fn()
+            else:
+                callback = Callback(lambda _object_id, _entry: fn())
+                if entry.waiters is None:
+                    entry.waiters = [callback]
+                else:
+                    entry.waiters.append(callback)  # type: ignore[attr-defined]
+                if entry.owner is not None:
+                    self.request(object_id, entry)
+            core.settle()
+
+
+class Answer:
+    """Where a thread waits for the answer to one request."""
+
+    __slots__ = ("error", "message", "payload", "waiter")
+
+    def __init__(self) -> None:
+        self.waiter = Waiter(1)
+        self.message: Any = None
+        self.payload: Any = None
+        self.error: BaseException | None = None
+
+    def give(self, message: Any, payload: Any = b"") -> None:
+        self.message, self.payload = message, payload
+        self.waiter.ready(b"", None)  # type: ignore[arg-type]
+
+    def fail(self, error: BaseException) -> None:
+        self.error = error
+        self.waiter.ready(b"", None)  # type: ignore[arg-type]
+

@@ -1,0 +1,707 @@
+"""Reference counting between processes against a naive twin that sees everything.
+
+Several processes, each with a `ReferenceTable`, are joined by first-in first-out links; hypothesis chooses what user
+code does, which link delivers next, and who crashes (what it had sent arrives up to some message, then the link's end).
+
+*Safety*: after each step the twin computes from scratch which objects are reachable: from user code of live processes,
+from arguments of unfinished tasks, from messages on their way, and through values that contain references. None of
+these may have been freed. *Liveness*: at the end all references are dropped, messages drain, and all tables have to be
+empty. (Tasks do not return values that make a cycle with their own result: counting references cannot free those.)
+
+A crash excuses only those who relied on it. Whoever holds a reference is registered, or relies on others ("sources");
+if one of these dies before the registration, the hold is *exposed*: it may turn out to be lost, and the twin does not
+count it. Canaries: tables with a planted bug, each of which the machine must catch.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+
+from ftray.ownership.reference_types import is_held
+from ftray.ownership.references import (
+    COVERED,
+    LOST,
+    REGISTERING,
+    AckReturns,
+    AddBorrower,
+    BorrowLost,
+    Entry,
+    Forgot,
+    Freed,
+    ReferenceTable,
+    RemoveBorrower,
+    TaskMayReply,
+    Token,
+)
+
+PROCESSES = 4
+Hold = tuple[int, bytes]  # process, object
+
+
+class Violation(AssertionError):
+    """The protocol broke one of its promises."""
+
+
+class Message(NamedTuple):
+    kind: str
+    ids: tuple[bytes, ...] = ()
+    token: int = 0
+    outer: bytes = b""
+    missing: tuple[bytes, ...] = ()
+    exposed: frozenset[bytes] = frozenset()
+
+
+@dataclass
+class Frame:
+    """A task running in a process."""
+
+    submitter: int | None  # None: it died
+    refs: list[bytes] = field(default_factory=list)
+
+
+@dataclass
+class Process:
+    """One process: its table, and what its user code holds."""
+
+    table: ReferenceTable
+    alive: bool = True
+    refs: list[bytes] = field(default_factory=list)
+    running: dict[int, Frame] = field(default_factory=dict)
+    ended: dict[int, tuple[int, Message]] = field(default_factory=dict)  # replies held back
+    submitted: dict[int, tuple[int, list[bytes], bytes]] = field(default_factory=dict)  # executor, arguments, result
+    fetching: dict[int, tuple[int, bytes, bool]] = field(default_factory=dict)  # owner, object, whether to cache
+    buried: set[int] = field(default_factory=set)  # processes whose death it knows
+
+    def pool(self) -> list[bytes]:
+        return self.refs + [ref for frame in self.running.values() for ref in frame.refs]
+
+    def held(self) -> list[bytes]:
+        """What user code holds, one item for each ObjectRef."""
+        return self.pool() + [outer for _, outer, _ in self.fetching.values()]
+
+
+class World:
+    """All processes, the links between them, and the twin."""
+
+    def __init__(self, table: type[ReferenceTable], processes: int, audit: bool) -> None:
+        self.processes = [Process(table(b"p%d" % index)) for index in range(processes)]
+        self.links: dict[tuple[int, int], deque[Message]] = {}
+        self.owners: dict[bytes, int] = {}
+        self.contents: dict[bytes, tuple[bytes, ...]] = {}
+        self.freed: set[bytes] = set()
+        self.sources: dict[Hold, set[Hold]] = {}
+        self.exposed: set[Hold] = set()
+        self.executors: dict[int, int] = {}
+        self.results: dict[int, bytes] = {}
+        self.planned: dict[bytes, Sequence[bytes]] = {}  # contents, already while they are on their way
+        self.tokens = 0
+        self.audit = audit
+        self.broken = False
+
+    # Plumbing
+
+    def fail(self, problem: str) -> None:
+        self.broken = True
+        raise Violation(problem)
+
+    def token(self) -> int:
+        self.tokens += 1
+        return self.tokens
+
+    def send(self, source: int, target: int, message: Message) -> None:
+        if self.processes[target].alive:
+            exposed = frozenset(ref for ref in message.ids if (source, ref) in self.exposed)
+            self.links.setdefault((source, target), deque()).append(message._replace(exposed=exposed))
+
+    def run_effects(self, at: int) -> None:
+        process = self.processes[at]
+        dead: set[int] = set()
+        for effect in process.table.take_effects():
+            match effect:
+                case AddBorrower() | RemoveBorrower():
+                    owner = int(effect.owner[1:])
+                    kind = "add" if isinstance(effect, AddBorrower) else "remove"
+                    self.send(at, owner, Message(kind, tuple(effect.object_ids)))
+                    if owner in process.buried:
+                        dead.add(owner)
+                case Freed(object_id=ref):
+                    if self.owners[ref] != at:
+                        self.fail(f"{ref!r} was freed by a process that does not own it")
+                    self.freed.add(ref)
+                case Forgot(object_id=ref):
+                    if ref in process.held():
+                        self.fail(f"{ref!r} was forgotten in process {at}, where user code holds it")
+                case BorrowLost(object_id=ref):
+                    if self.processes[self.owners[ref]].alive and (at, ref) not in self.exposed:
+                        self.fail(f"{ref!r} was lost to process {at}, which had done nothing wrong")
+                case AckReturns(token=token):
+                    assert isinstance(token, int)
+                    self.send(at, self.executors[token], Message("ack", token=token))
+                case TaskMayReply(token=token):
+                    assert isinstance(token, int)
+                    if token in process.ended:
+                        self.send(at, *process.ended.pop(token))
+        for owner in sorted(dead):  # A message could not be sent: the link is closed.
+            process.table.owner_died(b"p%d" % owner)
+        if dead:
+            self.run_effects(at)
+
+    def arrive(self, at: int, message: Message, sources: Iterable[tuple[int, bytes | None]]) -> None:
+        """The references in a message come to a process, which relies on `sources` for them until it is registered."""
+        for ref in message.ids:
+            hold = (at, ref)
+            relied = {(process, ref if other is None else other) for process, other in sources}
+            self.sources.setdefault(hold, set()).update(relied)
+            lost = any(not self.processes[source[0]].alive or source in self.exposed for source in relied)
+            if (lost or ref in message.exposed) and not self.protected(hold):
+                self.exposed.add(hold)
+
+    def protected(self, hold: Hold) -> bool:
+        """Whether the owner knows of the hold, and will not be told otherwise by what is on its way."""
+        at, ref = hold
+        owner = self.owners[ref]
+        entry = self.processes[owner].table.entries.get(ref)
+        if entry is None or entry.owner is not None:
+            return False
+        if owner == at:
+            return True
+        on_way = self.links.get((at, owner), ())
+        return b"p%d" % at in (entry.borrowers or ()) and not any(m.kind == "remove" and ref in m.ids for m in on_way)
+
+    def spread_exposure(self) -> None:
+        for hold in list(self.sources):
+            process = self.processes[hold[0]]
+            if not process.alive or hold[1] not in process.table.entries or self.protected(hold):
+                del self.sources[hold]
+                self.exposed.discard(hold)
+        growing = True
+        while growing:
+            growing = False
+            for hold, sources in self.sources.items():
+                if hold not in self.exposed and any(
+                    not self.processes[source[0]].alive or source in self.exposed for source in sources
+                ):
+                    self.exposed.add(hold)
+                    growing = True
+
+    # The twin
+
+    def reachable(self) -> set[bytes]:
+        roots: set[bytes] = set()
+        for at, process in enumerate(self.processes):
+            if process.alive:
+                arguments = [ref for _, refs, _ in process.submitted.values() for ref in refs]
+                returned = [ref for _, message in process.ended.values() for ref in message.ids]
+                roots.update(
+                    ref for ref in (*process.held(), *arguments, *returned) if (at, ref) not in self.exposed
+                )
+        for (source, target), messages in self.links.items():
+            for message in messages:
+                if message.kind in ("task", "reply", "value") and self.processes[source].alive:
+                    if (target, message.outer) not in self.exposed:
+                        roots.update(
+                            ref
+                            for ref in message.ids
+                            if ref not in message.exposed and (source, ref) not in self.exposed
+                        )
+        seen: set[bytes] = set()
+        while roots:
+            ref = roots.pop()
+            if ref not in seen:
+                seen.add(ref)
+                owner = self.owners[ref]
+                if self.processes[owner].alive:
+                    inner = self.contents.get(ref, ())
+                    roots.update(item for item in inner if (owner, item) not in self.exposed)
+        return seen
+
+    def check(self) -> None:
+        if not all(process.alive for process in self.processes):
+            self.spread_exposure()
+        if self.freed:
+            wrong = self.reachable() & self.freed
+            if wrong:
+                self.fail(f"freed, though reachable: {sorted(wrong)}")
+        for at, process in enumerate(self.processes):
+            if not process.alive:
+                continue
+            if self.audit:
+                process.table.check()
+            for ref, count in Counter(process.held()).items():
+                entry = process.table.entries.get(ref)
+                if entry is None or entry.local != count:
+                    self.fail(f"process {at} holds {ref!r} {count} times, which its table does not know")
+
+    # What user code does
+
+    def put(self, at: int, inner: Sequence[bytes]) -> bytes:
+        ref = b"o%d" % self.token()
+        self.owners[ref] = at
+        self.contents[ref] = self.planned[ref] = tuple(inner)
+        process = self.processes[at]
+        process.table.add_owned(ref)
+        process.table.set_contains(ref, inner)
+        process.refs.append(ref)
+        return ref
+
+    def drop(self, at: int, index: int) -> None:
+        process = self.processes[at]
+        process.table.remove_local(process.refs.pop(index))
+        self.run_effects(at)
+
+    def submit(self, at: int, to: int, arguments: list[bytes]) -> None:
+        process = self.processes[at]
+        token = self.token()
+        result = self.put(at, ())
+        process.table.add_submitted(arguments)
+        process.submitted[token] = (to, arguments, result)
+        self.executors[token], self.results[token] = to, result
+        self.send(at, to, Message("task", tuple(arguments), token))
+
+    def finish(self, at: int, token: int, keep: int, returned: Sequence[bytes]) -> None:
+        """A task ends. `keep` is the mask of its references that it stores in the process."""
+        process = self.processes[at]
+        frame = process.running[token]
+        returned = [ref for ref in returned if not self.leads_to(ref, self.results[token])]
+        self.planned[self.results[token]] = returned
+        if returned and frame.submitter is not None:
+            process.table.hand_off(token, returned, b"p%d" % frame.submitter)
+        del process.running[token]
+        dropped = []
+        for index, ref in enumerate(frame.refs):
+            if keep >> index & 1:
+                process.refs.append(ref)
+            else:
+                dropped.append(ref)
+        for ref in dropped:
+            process.table.remove_local(ref)
+        may_reply = process.table.end_task(token)
+        if frame.submitter is not None:
+            reply = Message("reply", tuple(returned), token)
+            if may_reply:
+                self.send(at, frame.submitter, reply)
+            else:
+                process.ended[token] = (frame.submitter, reply)
+        self.run_effects(at)
+
+    def leads_to(self, ref: bytes, target: bytes) -> bool:
+        return ref == target or any(self.leads_to(inner, target) for inner in self.planned.get(ref, ()))
+
+    def fetch(self, at: int, outer: bytes, cache: bool) -> None:
+        process = self.processes[at]
+        owner = self.owners[outer]
+        if owner == at:
+            self.unpack(at, Message("value", self.contents.get(outer, ()), outer=outer), cache=False)
+        elif owner not in process.buried:
+            token = self.token()
+            process.table.add_local(outer)
+            process.fetching[token] = (owner, outer, cache)
+            self.send(at, owner, Message("fetch", token=token, outer=outer))
+
+    def unpack(self, at: int, message: Message, cache: bool) -> None:
+        """The value of an object is deserialised: the references in it come to life."""
+        process = self.processes[at]
+        self.arrive(at, message, [(self.owners[message.outer], None), (at, message.outer)])
+        if cache:
+            process.table.receive_contained(message.outer, self.described(message.ids), None)
+        for ref in message.ids:
+            owner, endpoint = self.owner_of(ref)
+            process.table.note_from_outer(message.outer, ref, owner, endpoint)
+            process.table.add_local(ref)
+            process.refs.append(ref)
+        self.run_effects(at)
+
+    def owner_of(self, ref: bytes) -> tuple[bytes, str]:
+        return b"p%d" % self.owners[ref], f"unix:/p{self.owners[ref]}"
+
+    def described(self, refs: Iterable[bytes]) -> list[tuple[bytes, bytes, str]]:
+        return [(ref, *self.owner_of(ref)) for ref in refs]
+
+    def crash(self, at: int, delivered: int) -> None:
+        self.processes[at].alive = False
+        for other, process in enumerate(self.processes):
+            if process.alive:
+                self.links.pop((other, at), None)
+                messages = self.links.setdefault((at, other), deque())
+                kept = list(messages)[: delivered % (len(messages) + 1)]
+                self.links[at, other] = deque((*kept, Message("closed")))
+            else:
+                self.links.pop((at, other), None)
+
+    # What messages do
+
+    def deliver(self, source: int, at: int) -> None:
+        message = self.links[source, at].popleft()
+        process = self.processes[at]
+        table = process.table
+        match message.kind:
+            case "task":
+                frame = Frame(None if source in process.buried else source)
+                process.running[message.token] = frame
+                self.arrive(at, message, [(source, None)])
+                table.begin_task(message.token)
+                for ref in message.ids:
+                    table.note_task_ref(message.token, ref, *self.owner_of(ref))
+                    table.add_local(ref)
+                    frame.refs.append(ref)
+            case "reply":
+                _, arguments, result = process.submitted.pop(message.token)
+                if result in table.entries:
+                    self.contents[result] = message.ids
+                    self.arrive(at, message, [(source, None)])
+                table.receive_contained(
+                    result, self.described(message.ids), message.token if message.ids else None
+                )
+                table.remove_submitted(arguments)
+            case "ack":
+                table.handed_off(message.token)
+            case "add":
+                missing = [ref for ref in message.ids if not table.borrower_added(ref, b"p%d" % source)]
+                self.send(at, source, Message("added", message.ids, missing=tuple(missing)))
+            case "added":
+                table.registered(b"p%d" % source, message.ids, message.missing)
+            case "remove":
+                for ref in message.ids:
+                    table.borrower_removed(ref, b"p%d" % source)
+            case "fetch":
+                ids = () if message.outer in self.freed else self.contents.get(message.outer, ())
+                self.send(at, source, Message("value", ids, message.token, message.outer))
+            case "value":
+                _, outer, cache = process.fetching.pop(message.token)
+                self.unpack(at, message, cache)
+                table.remove_local(outer)
+            case "closed":
+                self.bury(at, source)
+        self.run_effects(at)
+
+    def bury(self, at: int, dead: int) -> None:
+        process = self.processes[at]
+        process.buried.add(dead)
+        process.table.process_died(b"p%d" % dead)
+        process.table.owner_died(b"p%d" % dead)
+        for token, frame in process.running.items():
+            if frame.submitter == dead:
+                frame.submitter = None
+                process.table.end_task(token)
+        for token in [token for token, (target, _) in process.ended.items() if target == dead]:
+            del process.ended[token]
+        for token in [token for token, (executor, _, _) in process.submitted.items() if executor == dead]:
+            process.table.remove_submitted(process.submitted.pop(token)[1])
+        for token in [token for token, (owner, _, _) in process.fetching.items() if owner == dead]:
+            process.table.remove_local(process.fetching.pop(token)[1])
+
+    def rush(self, slow: tuple[int, int] | None) -> bool:
+        """Deliver everything but what is on the slow link; returns whether there was anything."""
+        busy = False
+        moving = True
+        while moving:
+            moving = False
+            for link, messages in list(self.links.items()):
+                while link != slow and messages and self.processes[link[1]].alive:
+                    busy = moving = True
+                    self.deliver(*link)
+                    self.check()
+        return busy
+
+    def drain(self) -> None:
+        """Drop everything, deliver everything; then nothing may be left."""
+        busy = True
+        while busy:
+            busy = False
+            for at, process in enumerate(self.processes):
+                while process.alive and (process.running or process.refs):
+                    busy = True
+                    if process.running:
+                        self.finish(at, next(iter(process.running)), 0, ())
+                    else:
+                        self.drop(at, -1)
+            busy = self.rush(None) or busy
+        for at, process in enumerate(self.processes):
+            if process.alive:
+                table = process.table
+                if process.submitted or process.fetching or process.ended:
+                    self.fail(f"process {at} waits for ever")
+                if table.entries or table._tasks or table._handoffs or table._handoffs_to:
+                    rows = [(row.object_id, *row.reasons) for row in table.snapshot()]
+                    self.fail(f"process {at} keeps {rows}, {table._tasks}, {table._handoffs}")
+                if table._borrowed_by or table._borrowed_from:
+                    self.fail(f"process {at} keeps an index entry")
+
+
+process_numbers = st.integers(0, PROCESSES - 1)
+numbers = st.integers(0, 7)
+picks = st.lists(numbers, max_size=2)
+
+
+def choose(pool: Sequence[bytes], chosen: Iterable[int]) -> list[bytes]:
+    """Different objects out of a pool, the newest first."""
+    return list(dict.fromkeys(pool[-1 - number % len(pool)] for number in chosen)) if pool else []
+
+
+class References(RuleBasedStateMachine):
+    """Processes without crashes."""
+
+    table: type[ReferenceTable] = ReferenceTable
+    processes = PROCESSES
+    crashes_max = 0
+    audit = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.world = World(self.table, self.processes, self.audit)
+        self.crashes = 0
+        self.eager = False
+        self.slow = (0, 0)
+
+    @initialize(eager=st.booleans(), source=process_numbers, to=process_numbers)
+    def choose_weather(self, eager: bool, source: int, to: int) -> None:
+        """One link is slow. Where the rest is eager, all else arrives at once: most races are two or three messages."""
+        self.eager = eager
+        self.slow = (source % self.processes, to % self.processes)
+
+    def at(self, number: int) -> int:
+        """A live process."""
+        alive = [index for index, process in enumerate(self.world.processes) if process.alive]
+        return alive[number % len(alive)]
+
+    @rule(number=process_numbers, chosen=picks)
+    def put(self, number: int, chosen: list[int]) -> None:
+        at = self.at(number)
+        self.world.put(at, choose(self.world.processes[at].pool(), chosen))
+
+    @rule(number=process_numbers, index=numbers)
+    def drop(self, number: int, index: int) -> None:
+        at = self.at(number)
+        refs = self.world.processes[at].refs
+        if refs:
+            self.world.drop(at, index % len(refs))
+
+    @rule(number=process_numbers, other=process_numbers, chosen=picks)
+    def submit(self, number: int, other: int, chosen: list[int]) -> None:
+        at, to = self.at(number), self.at(other)
+        if at != to and to not in self.world.processes[at].buried:
+            self.world.submit(at, to, choose(self.world.processes[at].pool(), chosen))
+
+    @rule(number=numbers, keep=st.integers(0, 3), chosen=picks, fresh=st.booleans())
+    def finish(self, number: int, keep: int, chosen: list[int], fresh: bool) -> None:
+        tasks = [(at, token) for at, p in enumerate(self.world.processes) if p.alive for token in p.running]
+        if tasks:
+            at, token = tasks[number % len(tasks)]
+            process = self.world.processes[at]
+            frame = process.running[token]
+            returned = choose(process.refs + frame.refs, chosen)
+            if fresh and returned:
+                returned[0] = self.world.put(at, returned[1:])
+                frame.refs.append(process.refs.pop())
+                keep &= ~(1 << len(frame.refs) - 1)
+            self.world.finish(at, token, keep, returned)
+
+    @rule(number=process_numbers, index=numbers, cache=st.booleans())
+    def fetch(self, number: int, index: int, cache: bool) -> None:
+        at = self.at(number)
+        for outer in choose(self.world.processes[at].pool(), [index]):
+            self.world.fetch(at, outer, cache)
+
+    @rule(number=st.integers(0, 15), count=st.integers(1, 4))
+    def deliver(self, number: int, count: int) -> None:
+        alive = self.world.processes
+        ready = [link for link, messages in self.world.links.items() if messages and alive[link[1]].alive]
+        if ready:
+            link = ready[number % len(ready)]
+            for _ in range(min(count, len(self.world.links[link]))):
+                self.world.deliver(*link)
+                self.world.check()
+
+    @precondition(lambda self: not self.eager)
+    @rule()
+    def rush(self) -> None:
+        self.world.rush(self.slow)
+
+    @rule(number=process_numbers)
+    def drop_all(self, number: int) -> None:
+        at = self.at(number)
+        while self.world.processes[at].refs:
+            self.world.drop(at, -1)
+
+    @precondition(lambda self: self.crashes < self.crashes_max and self.world.tokens > 5)
+    @rule(number=process_numbers, delivered=numbers)
+    def crash(self, number: int, delivered: int) -> None:
+        self.crashes += 1
+        self.world.crash(self.at(number), delivered)
+
+    @invariant()
+    def sound(self) -> None:
+        self.world.check()
+        if self.eager:
+            self.world.rush(self.slow)
+
+    def teardown(self) -> None:
+        if not self.world.broken:
+            self.world.drain()
+
+
+class ReferencesWithCrashes(References):
+    """Processes of which two may crash."""
+
+    crashes_max = 2
+
+
+profile = settings(max_examples=max(200, settings().max_examples), stateful_step_count=50)
+TestReferences = References.TestCase
+TestReferences.settings = profile
+TestReferencesWithCrashes = ReferencesWithCrashes.TestCase
+TestReferencesWithCrashes.settings = profile
+
+
+# Canaries
+
+
+class RepliesBeforeAck(ReferenceTable):
+    """The reply leaves, and with it the cover, while the registration is still on its way."""
+
+    def end_task(self, token: Token) -> bool:
+        super().end_task(token)
+        return True
+
+
+class FreesWithHandoffsPending(ReferenceTable):
+    def _let_go(self, object_id: bytes, entry: Entry) -> bool:
+        handoffs, entry.handoffs = entry.handoffs, 0
+        try:
+            return super()._let_go(object_id, entry)
+        finally:
+            entry.handoffs = handoffs
+
+    def handed_off(self, token: Token) -> None:
+        receiver, object_ids = self._handoffs.get(token, (b"", ()))
+        if receiver:
+            self._handoffs[token] = (receiver, [ref for ref in object_ids if ref in self.entries])
+        super().handed_off(token)
+
+
+class AcksBeforeRegistered(ReferenceTable):
+    def receive_contained(
+        self, outer_id: bytes, inner: Sequence[tuple[bytes, bytes, str]], token: Token | None
+    ) -> None:
+        super().receive_contained(outer_id, inner, token)
+        if token is not None:
+            self.effects.append(AckReturns(token))
+
+
+class DropsOuterWhileRegistering(ReferenceTable):
+    """A reference out of a value relies on an outer object that is let go too early."""
+
+    def note_from_outer(self, outer_id: bytes, inner_id: bytes, owner: bytes, owner_endpoint: str) -> Entry:
+        entry = self.add_borrowed(inner_id, owner, owner_endpoint)
+        if entry.owner is not None and entry.registration == COVERED and not entry.guards:
+            self._register(inner_id, entry)
+        return entry
+
+
+class ForgetsWhileRegistering(ReferenceTable):
+    """Nobody takes back a registration that is under way when the last hold goes."""
+
+    def _let_go(self, object_id: bytes, entry: Entry) -> bool:
+        if entry.registration == REGISTERING and not is_held(entry) and not entry.guards:
+            entry.registration = LOST
+            self._uncover(entry)
+        return super()._let_go(object_id, entry)
+
+
+class FirstTaskUncovers(ReferenceTable):
+    """When one of two tasks that cover a reference ends, the other one does not look at it any more."""
+
+    def end_task(self, token: Token) -> bool:
+        notes = self._tasks.get(token) or {}
+        shared = {ref: entry for ref, entry in notes.items() if len(entry.guards or ()) > 1}
+        for ref, entry in shared.items():
+            for other in entry.guards or ():
+                other_notes = self._tasks[other]
+                if other != token and other_notes is not None:
+                    del other_notes[ref]
+            entry.guards = {token}
+            if is_held(entry):
+                entry.guards = None
+                del notes[ref]
+        return super().end_task(token)
+
+
+class ForgetsToAckForDroppedResult(ReferenceTable):
+    def receive_contained(
+        self, outer_id: bytes, inner: Sequence[tuple[bytes, bytes, str]], token: Token | None
+    ) -> None:
+        if outer_id in self.entries:
+            super().receive_contained(outer_id, inner, token)
+
+
+class RegistersOnlyLocalRefs(ReferenceTable):
+    """At the end of a task only ObjectRefs count, not what submitted tasks or put values hold."""
+
+    def end_task(self, token: Token) -> bool:
+        for ref, entry in list((self._tasks.get(token) or {}).items()):
+            if not entry.local and is_held(entry) and entry.guards == {token}:
+                entry.guards = None
+                del (self._tasks[token] or {})[ref]
+        return super().end_task(token)
+
+
+class KeepsDeadBorrowers(ReferenceTable):
+    def process_died(self, worker_id: bytes) -> None:
+        for token in tuple(self._handoffs_to.get(worker_id, ())):
+            self.handed_off(token)
+
+
+class KeepsHandoffsToTheDead(ReferenceTable):
+    def process_died(self, worker_id: bytes) -> None:
+        for object_id in self._borrowed_by.pop(worker_id, ()):
+            self._drop_borrower(object_id, worker_id)
+
+
+class WaitsForDeadOwner(ReferenceTable):
+    def owner_died(self, owner: bytes) -> list[bytes]:
+        return []
+
+
+@pytest.mark.parametrize(
+    ("bug", "crashes"),
+    [
+        (RepliesBeforeAck, 0),
+        (FreesWithHandoffsPending, 0),
+        (AcksBeforeRegistered, 0),
+        (DropsOuterWhileRegistering, 0),
+        (ForgetsWhileRegistering, 0),
+        (FirstTaskUncovers, 0),
+        (ForgetsToAckForDroppedResult, 0),
+        (RegistersOnlyLocalRefs, 0),
+        (KeepsDeadBorrowers, 1),
+        (KeepsHandoffsToTheDead, 1),
+        (WaitsForDeadOwner, 1),
+    ],
+)
+def test_planted_bug_is_caught(bug: type[ReferenceTable], crashes: int) -> None:
+    class Canary(References):
+        table = bug
+        processes = 3
+        crashes_max = crashes
+        audit = False  # the twin has to see it
+
+    fixed = settings(
+        max_examples=2_000,
+        stateful_step_count=50,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        phases=[Phase.generate],
+        report_multiple_bugs=False,
+        suppress_health_check=list(HealthCheck),
+    )
+    with pytest.raises(Violation):
+        run_state_machine_as_test(Canary, settings=fixed)

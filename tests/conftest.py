@@ -1,0 +1,7 @@
+"""Setup of all tests in this tree: the hypothesis profile."""
+
+from __future__ import annotations
+
+import hypothesis_profiles
+
+hypothesis_profiles.load()
