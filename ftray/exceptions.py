@@ -61,7 +61,7 @@ class FtrayError(Exception):
         return _rebuild, (type(self), self.args, self.__dict__)
 
 
-# --- how something died -----------------------------------------------------------------------------------------------
+# --- how something died ---------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True, slots=True)
 class DeathCause:
@@ -156,7 +156,7 @@ class LocalRayletDiedError(NodeDiedError):
     """The node process of this machine is dead; its log says why. Call `ftray.shutdown()`, then `ftray.init()` anew."""
 
 
-# --- tasks ------------------------------------------------------------------------------------------------------------
+# --- tasks ----------------------------------------------------------------------------------------------------------
 
 
 class TaskError(FtrayError):
@@ -312,7 +312,7 @@ class PendingCallsLimitExceeded(FtrayError):
     """The actor has `max_pending_calls` calls waiting. Get some of the results before calling on."""
 
 
-# --- actors -----------------------------------------------------------------------------------------------------------
+# --- actors ---------------------------------------------------------------------------------------------------------
 
 
 class ActorError(FtrayError):
@@ -323,8 +323,8 @@ class ActorError(FtrayError):
 
     def __init__(self, reason: str = "", *, actor_id: str = "", class_name: str = "") -> None:
         self.reason, self.actor_id, self.class_name = reason, actor_id, class_name
-        who = self.who() + (f": {reason}" if reason else "")
-        super().__init__(f"{_sentence(who)} {self.says}" if who != "actor" else "")
+        text = ": ".join(part for part in (self.who() if actor_id or class_name else "", reason) if part)
+        super().__init__(f"{_sentence(text)} {self.says}" if text else "")
 
     def who(self) -> str:
         """The actor by class and id."""
@@ -374,7 +374,7 @@ class ActorExit(BaseException):
     """
 
 
-# --- objects ----------------------------------------------------------------------------------------------------------
+# --- objects --------------------------------------------------------------------------------------------------------
 
 
 class ObjectLostError(FtrayError):
@@ -385,17 +385,16 @@ class ObjectLostError(FtrayError):
     """
 
     def __init__(
-        self, reason: str = "", *, object_id: str = "", owner: str = "", node_id: str = "",
+        self, object_id: str = "", reason: str = "", *, owner: str = "", node_id: str = "",
         death: DeathCause | None = None,
     ) -> None:
         self.object_id, self.reason, self.owner, self.node_id, self.death = object_id, reason, owner, node_id, death
         places = [f"owner {_short(owner)}"] if owner else []
         places += [f"node {_short(node_id)}"] if node_id else []
         what = f"object {object_id}".strip() + (f" ({', '.join(places)})" if places else "")
-        lines = [_sentence(f"{what}: {reason}" if reason and what != "object" else reason or what)]
-        lines = [] if lines == ["object."] else lines
-        lines += [f"The {death.describe()}"] if death is not None else []
-        super().__init__("\n".join([*lines, self.says]))
+        lines = [_sentence(": ".join(part for part in (what if what != "object" else "", reason) if part))]
+        lines += [f"The {death.describe()}" if death is not None else "", self.says]
+        super().__init__("\n".join(line for line in lines if line))
 
 
 class ObjectFreedError(ObjectLostError):
@@ -449,7 +448,7 @@ class SerializationError(FtrayError, TypeError):
         self.path = path
 
 
-# --- life cycle and connections ---------------------------------------------------------------------------------------
+# --- life cycle and connections -------------------------------------------------------------------------------------
 
 
 class InternalError(FtrayError):
@@ -492,7 +491,7 @@ class GcsUnavailableError(FtrayError, ConnectionError):
     """No head of the cluster answered in time; tasks that run go on. Check `ftray heads list`, then try again."""
 
 
-# --- the names Ray's users know ---------------------------------------------------------------------------------------
+# --- the names Ray's users know -------------------------------------------------------------------------------------
 
 RayError = FtrayError
 RayTaskError = TaskError

@@ -1,8 +1,8 @@
 """Identifiers: what they are made of, and how they are shown.
 
-Role: every id is `bytes` on hot paths, hex for people. Task ids are derived, never drawn, so that a task that runs again
-makes the same ids for its children and its objects (design `ownership.md`, lineage): a task's children share a 12-byte
-prefix, which is a hash of the task's own id, and are told apart by a counter.
+Role: every id is `bytes` on hot paths, hex for people. Task ids are derived, never drawn, so that a task that runs
+again makes the same ids for its children and its objects (design `ownership.md`, lineage): a task's children share a
+12-byte prefix, which is a hash of the task's own id, and are told apart by a counter.
 
 Rejected: classes for ids (a wrapper costs 60 bytes and 150 ns each, a million times); uuid4 for tasks (not
 reproducible); a hash per task (1 us where a concatenation is 0.1 us).

@@ -1,1 +1,70 @@
-"""Command line of ftray."""
+"""Command line of ftray: `ftray start`, `stop`, `status`, `logs`, `microbenchmark`.
+
+Role: shell. Each command is a module of its own, imported when it is run, so that `ftray --help` costs an interpreter and
+click. What all commands share: `--json` prints one JSON object and nothing else, errors included, and the exit codes.
+
+Rejected: entry points of commands found at run time (slow, and `--help` would depend on what is installed).
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import click
+
+EXIT_CODES = """\b
+Exit codes:
+  0  done
+  1  it failed; the message says why and what to do
+  2  the command line is wrong
+  3  no cluster was found
+"""
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "start": ("ftray.cli.start", "Start a node on this machine: the head of a new cluster, or one that joins."),
+    "stop": ("ftray.cli.stop", "Stop the nodes that were started on this machine."),
+    "status": ("ftray.cli.status", "Show the nodes, resources, jobs and actors of the cluster."),
+    "logs": ("ftray.cli.logs", "Show what workers and nodes of this machine have printed."),
+    "microbenchmark": ("ftray.cli.microbenchmark", "Measure tasks, actors and objects on this machine."),
+}
+"""Name -> (module, one line for the list of commands). The module has the command in `command`."""
+
+
+class _Commands(click.Group):
+    """Loads a command's module when the command is used; the list of commands needs none of them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command = import_module(COMMANDS[cmd_name][0]).command
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+
+@click.group(
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog=EXIT_CODES,
+)
+@click.version_option(package_name="ftray", message="ftray %(version)s")
+def main() -> None:
+    """ftray runs Python functions and classes on many processes and machines, and keeps them running when some die.
+
+    \b
+    A program needs none of these commands: ftray.init() starts what it needs on this machine and stops it at
+    the end. They are for clusters that live longer than a program, or span machines:
+
+    \b
+      ftray start --head                      # on the first machine
+      ftray start --address HOST:6380         # on each other one, with FTRAY_TOKEN set
+      python program.py                       # calls ftray.init(address="auto")
+      ftray status
+      ftray stop                              # on each machine
+    """

@@ -1,9 +1,9 @@
 """Calls of one actor, as seen by one caller: order, restarts, retries.
 
-Role: pure. Calls go out in the order in which they were submitted, over one connection to the actor's current incarnation;
-a call whose arguments are not there yet holds back those after it. When the incarnation dies, calls in flight spend a
-retry (`max_task_retries`) or fail; those that were never pushed just wait for the next incarnation. Retried calls go
-before the waiting ones, in their old order (design `ownership.md`, failures).
+Role: pure. Calls go out in the order in which they were submitted, over one connection to the actor's current
+incarnation; a call whose arguments are not there yet holds back those after it. When the incarnation dies, calls in
+flight spend a retry (`max_task_retries`) or fail; those that were never pushed just wait for the next incarnation.
+Retried calls go before the waiting ones, in their old order (design `ownership.md`, failures).
 
 Rejected: sequence numbers on the wire (the connection is first-in first-out, and the caller alone decides what is sent
 again); failing queued calls when the actor restarts (they had no effect yet).
@@ -23,8 +23,8 @@ class ActorCalls:
     """All calls of this process to one actor."""
 
     __slots__ = (
-        "actor_id", "cause", "connecting", "endpoint", "handle_id", "in_order", "incarnation", "inflight", "inflight_max",
-        "link", "name", "node_id", "on_idle", "pushes", "queue", "restartable", "state", "worker_id",
+        "actor_id", "cause", "connecting", "endpoint", "handle_id", "incarnation", "inflight", "inflight_max",
+        "link", "name", "name_kept", "node_id", "pushes", "queue", "state", "worker_id",
     )  # fmt: skip
 
     def __init__(self, actor_id: bytes, name: str, handle_id: bytes, inflight_max: int = 4096) -> None:
@@ -43,9 +43,8 @@ class ActorCalls:
         self.inflight: dict[bytes, TaskRecord] = {}
         self.inflight_max = inflight_max
         self.pushes: list[TaskRecord] = []
-        self.restartable = True
-        self.on_idle: Any = None
-        self.in_order = True
+        self.name_kept = False
+        """The GCS keeps facts for handles made from its name, which end with it."""
 
     def submit(self, task: TaskRecord) -> None:
         """Queues a call; pushes it if it may go now."""

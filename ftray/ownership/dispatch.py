@@ -1,16 +1,17 @@
 """Which task goes to which leased worker, how many at once, and how many leases to ask for.
 
-Role: pure, the owner's half of scheduling. Tasks queue per scheduling class; leases of a class take tasks round robin, up to
-a depth that follows measured task time (deep for microsecond tasks, one for long ones). Effects are lists that the shell
-drains: `pushes`, `demands`, `returns`, `recalls`.
+Role: pure, the owner's half of scheduling. Tasks queue per scheduling class (what they need, not which function they
+are, so that one function's leases serve the next); leases of a class take tasks round robin, as many as are expected
+to fill `pipeline_work_us`: many of microseconds, one long one. Effects are lists that the shell drains: `pushes`,
+`demands`, `returns`, `recalls`.
 
 Rules:
-- A class that has never been measured has depth one: pipelining must not cost parallelism.
-- A lease whose head has not finished between two ticks is *stuck*: what queues behind the head is recalled and the lease
-  takes nothing until the head is done. No clock is read for this, ticks are enough.
+- A function that has never been measured is taken for a long one: pipelining must not cost parallelism.
+- A lease whose head has not finished between two ticks is *stuck*: what queues behind the head is recalled and the
+  lease takes nothing until the head is done. No clock is read for this, ticks are enough.
 - After a worker's death its oldest unfinished task spends a retry. Those behind it may have run or not; they run again
-  *solo* (nothing else in flight on that lease), so that a task that kills its worker is told from its neighbours. A task
-  that may not be retried is solo from the start: it runs at most once, and no neighbour's crash can fail it.
+  *solo* (nothing else in flight on that lease), so that a task that kills its worker is told from its neighbours. A
+  task that may not be retried is solo from the start: it runs at most once, and no neighbour's crash can fail it.
 
 Rejected: one lease request per task (a round trip to the raylet each); choosing the least loaded lease by a scan
 (O(leases) per task; round robin over those with room is as even).
@@ -24,16 +25,21 @@ from typing import Any
 
 from ftray.ownership.tasks import TaskRecord
 
+OVERHEAD_US = 10.0
+"""What a task costs beyond its own time."""
+
 
 class Lease:
     """A worker that this owner may push tasks of one class to."""
 
     __slots__ = (
         "blocked", "closing", "cls", "done_count", "endpoint", "idle_ticks", "in_room", "inflight", "lease_id", "link",
-        "node_id", "pid", "seen_count", "solo", "worker_id",
+        "load_us", "node_id", "pid", "seen_count", "solo", "worker_id",
     )  # fmt: skip
 
-    def __init__(self, lease_id: int, cls: ClassQueue, worker_id: bytes, endpoint: str, node_id: bytes, pid: int) -> None:
+    def __init__(
+        self, lease_id: int, cls: ClassQueue, worker_id: bytes, endpoint: str, node_id: bytes, pid: int
+    ) -> None:
         self.lease_id = lease_id
         self.cls = cls
         self.worker_id = worker_id
@@ -42,6 +48,8 @@ class Lease:
         self.pid = pid
         self.inflight: dict[bytes, TaskRecord] = {}
         self.link: Any = None
+        self.load_us = 0.0
+        """Expected work of what is in flight."""
         self.blocked = False
         self.closing = False
         self.solo = False
@@ -54,7 +62,7 @@ class Lease:
 class ClassQueue:
     """Tasks with the same needs, and the leases that serve them."""
 
-    __slots__ = ("class_id", "declared", "depth", "leases", "mean_us", "name", "queue", "resources", "room", "want")
+    __slots__ = ("class_id", "declared", "leases", "name", "queue", "resources", "room", "want")
 
     def __init__(self, class_id: int, resources: Mapping[str, float], name: str) -> None:
         self.class_id = class_id
@@ -65,8 +73,6 @@ class ClassQueue:
         self.room: deque[Lease] = deque()
         self.want = 0
         self.declared = False
-        self.mean_us = -1.0
-        self.depth = 1
 
 
 class TaskDispatcher:
@@ -93,7 +99,7 @@ class TaskDispatcher:
             self.by_id[cls.class_id] = cls
         return cls
 
-    # --- tasks --------------------------------------------------------------------------------------------------------
+    # --- tasks -------------------------------------------------------------------------------------------------------
 
     def enqueue(self, task: TaskRecord) -> None:
         """A task whose dependencies are there."""
@@ -131,12 +137,12 @@ class TaskDispatcher:
     def pump(self, cls: ClassQueue) -> None:
         """Pushes what the leases of a class have room for."""
         queue, room, pushes = cls.queue, cls.room, self.pushes
-        depth = cls.depth
+        depth, work_us = self.depth_max, self.pipeline_work_us
         passed = 0
         while queue and room:
             lease = room[0]
             inflight = lease.inflight
-            if not lease.in_room or len(inflight) >= depth:
+            if not lease.in_room or lease.load_us >= work_us or len(inflight) >= depth:
                 room.popleft()
                 lease.in_room = False
                 continue
@@ -152,8 +158,11 @@ class TaskDispatcher:
             queue.popleft()
             passed = 0
             inflight[task.task_id] = task
+            mean_us = task.function.mean_us
+            expect_us = task.expect_us = work_us if mean_us < 0 else mean_us + OVERHEAD_US
+            lease.load_us += expect_us
             pushes.append((lease, task))
-            if lease.solo or len(inflight) >= depth:
+            if lease.solo or lease.load_us >= work_us or len(inflight) >= depth:
                 room.popleft()
                 lease.in_room = False
             elif len(room) > 1:
@@ -165,17 +174,20 @@ class TaskDispatcher:
         if task is None:
             return None
         cls = lease.cls
-        mean = cls.mean_us
-        mean = cls.mean_us = work_us if mean < 0 else mean + (work_us - mean) * 0.125
-        depth = int(self.pipeline_work_us / (mean + 10.0))
-        cls.depth = 1 if depth < 1 else (depth if depth < self.depth_max else self.depth_max)
+        function = task.function
+        mean = function.mean_us
+        function.mean_us = work_us if mean < 0 else mean + (work_us - mean) * 0.125
+        if lease.inflight:
+            lease.load_us -= task.expect_us
+        else:
+            lease.load_us = 0.0  # no drift by rounding
         lease.done_count += 1
         lease.blocked = False
         lease.solo = False
         if lease.closing:
             if not lease.inflight:
                 self.give_back(lease)
-        elif not lease.in_room and len(lease.inflight) < cls.depth:
+        elif not lease.in_room and lease.load_us < self.pipeline_work_us:
             lease.in_room = True
             cls.room.append(lease)
         if cls.queue and cls.room:
@@ -187,6 +199,7 @@ class TaskDispatcher:
         if blocked and lease.inflight:
             self._block(lease)
         tasks = [task for task_id in task_ids if (task := lease.inflight.pop(task_id, None)) is not None]
+        lease.load_us = sum(task.expect_us for task in lease.inflight.values())
         if not lease.inflight:
             lease.blocked = False
             lease.solo = False
@@ -203,7 +216,7 @@ class TaskDispatcher:
         if lease in lease.cls.room:
             lease.cls.room.remove(lease)
 
-    # --- leases ---------------------------------------------------------------------------------------------------------
+    # --- leases ------------------------------------------------------------------------------------------------------
 
     def grant(self, class_id: int, lease: Lease) -> None:
         """A lease was granted. One that is not needed any more goes straight back."""

@@ -9,6 +9,8 @@ with the owner, or is covered by somebody who is one of these and will not let g
 
 - *a task*: its submitter holds the arguments until the reply. What is still held when the task ends is registered
   before the reply leaves; what was dropped by then costs no message at all (`begin_task`, `note_task_ref`, `end_task`).
+  A reference that several running tasks cover is registered when the first of them ends: the others may be covers in a
+  circle, since their submitters may have the reference from this very process.
 - *a reply*: its sender keeps the references in it until the receiver has registered them (`hand_off`, `handed_off`
   there, `receive_contained` and `AckReturns` here).
 - *an outer object*: whoever owns it holds what is in it, so holding the outer covers the inner (`note_from_outer`).
@@ -213,14 +215,14 @@ class ReferenceTable:
             if guards is not None:
                 guards.discard(token)
                 if not guards:
-                    entry.guards = guards = None
+                    entry.guards = None
             if not is_held(entry):
                 self._release(object_id, entry)
-            elif entry.registration == REGISTERING or (entry.registration == COVERED and not guards):
+            elif entry.registration < REGISTERED:
+                # Also if another running task covers it: the submitter of that one may have the reference from us.
                 if wait is None:
                     wait = Wait(TaskMayReply(token))
                 self._register(object_id, entry, wait)
-            # else it is registered, or another running task covers it and will do this when it ends.
         return wait is None
 
     # Borrowing: replies and values that contain references

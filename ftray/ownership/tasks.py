@@ -1,7 +1,8 @@
 """What an owner knows of a task it has submitted, and whether it may run again.
 
-Role: pure. A `TaskRecord` lives from submission until its reply is processed. The encoded push frame is kept rather than
-the arguments: a task without dependencies is encoded once, at submission, and every push is one append to a buffer.
+Role: pure. A `TaskRecord` lives from submission until its reply is processed. The encoded push frame is kept rather
+than the arguments: a task without dependencies is encoded once, at submission, and every push is one append to a
+buffer.
 
 Rules (design `ownership.md`, failures): a worker's death spends `retries_left`; an exception of the function spends it
 only when `retry_exceptions` allows. -1 is unlimited.
@@ -18,21 +19,22 @@ if TYPE_CHECKING:
 class FunctionInfo:
     """A remote function or method as its submissions share it."""
 
-    __slots__ = ("descriptor", "exported", "function_id", "name")
+    __slots__ = ("exported", "function_id", "mean_us", "name")
 
     def __init__(self, function_id: bytes, name: str) -> None:
         self.function_id = function_id
         self.name = name
         self.exported = False
-        self.descriptor: Any = None
+        self.mean_us = -1.0
+        """Running mean of its measured time; negative until it has been measured."""
 
 
 class TaskRecord:
     """One submitted, unfinished task (or actor call)."""
 
     __slots__ = (
-        "actor", "args", "attempt", "cancelled", "cls", "deps", "deps_left", "frame", "function", "holds", "method",
-        "num_returns", "retries_left", "retry_exceptions", "solo", "task_id",
+        "actor", "args", "attempt", "cancelled", "cls", "deps", "deps_left", "expect_us", "frame", "function", "holds",
+        "method", "num_returns", "retries_left", "retry_exceptions", "solo", "task_id",
     )  # fmt: skip
 
     def __init__(
@@ -60,6 +62,7 @@ class TaskRecord:
         self.deps_left = 0
         self.cls = cls
         self.attempt = 0
+        self.expect_us = 0.0
         self.frame = b""
         self.solo = retries_left == 0 and cls is not None
         """Pushed only to a worker with nothing else in flight, so that its fate says nothing of others."""

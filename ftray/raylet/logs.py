@@ -173,7 +173,7 @@ class LogHub:
         self._outlets: dict[bytes, _Outlet] = {}
         self._flush_due = False
 
-    # --- drivers ------------------------------------------------------------------------------------------------------
+    # --- drivers -----------------------------------------------------------------------------------------------------
 
     def forward(self, job_id: bytes, link: Link) -> None:
         """From now on the lines of the job's workers go to `link`."""
@@ -212,7 +212,7 @@ class LogHub:
                 outlet.dropped = 0
             outlet.lines = []
 
-    # --- workers ------------------------------------------------------------------------------------------------------
+    # --- workers -----------------------------------------------------------------------------------------------------
 
     def add(self, pid: int, out_fd: int, err_fd: int) -> WorkerLogs:
         """Takes over the read ends of a new worker's pipes."""
@@ -279,7 +279,7 @@ class LogHub:
                 self._end(stream)
 
 
-# --- for the command line -------------------------------------------------------------------------------------------------
+# --- for the command line -------------------------------------------------------------------------------------------
 
 
 def list_logs(directory: str) -> list[dict[str, object]]:

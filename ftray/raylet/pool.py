@@ -94,7 +94,7 @@ class WorkerPool:
         self._task_requests = 0
         self._retry_at_ms = 0.0
 
-    # --- what the shell reports ---------------------------------------------------------------------------------------
+    # --- what the shell reports --------------------------------------------------------------------------------------
 
     def started(self, worker_id: bytes, now_ms: float) -> None:
         """A fork was asked for."""
@@ -128,7 +128,7 @@ class WorkerPool:
         self._count_busy(worker, -1)
         return False
 
-    # --- serving ------------------------------------------------------------------------------------------------------
+    # --- serving -----------------------------------------------------------------------------------------------------
 
     def acquire(self, job_id: bytes, dedicated: bool = False) -> Worker | None:
         """An idle worker for the job, which is busy from now on; None if there is none."""
@@ -195,7 +195,7 @@ class WorkerPool:
             worker.blocked = blocked
             self._count_busy(worker, 1)
 
-    # --- how many -----------------------------------------------------------------------------------------------------
+    # --- how many ----------------------------------------------------------------------------------------------------
 
     def forks(self, now_ms: float) -> int:
         """How many to fork now."""
@@ -247,7 +247,7 @@ class WorkerPool:
         """How many wait for a worker."""
         return len(self._requests)
 
-    # --- inside -------------------------------------------------------------------------------------------------------
+    # --- inside ------------------------------------------------------------------------------------------------------
 
     def _idle_count(self) -> int:
         return len(self._fresh) + sum(map(len, self._idle.values()))

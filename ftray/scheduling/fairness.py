@@ -8,11 +8,12 @@ Rules:
   ones, at most once in `ASK_PERIOD_MS`. So is a client that waits alone, if it holds leases of other classes.
 - Busy leases come back by fairness: for a class that was not served for `FAIR_AFTER_MS`, and whose client holds nothing
   of what it lacks (or at least two leases fewer than the client with the most), that client's oldest leases are
-  recalled, as many as cover the lack. If it is the client's own other classes that hold the resources, theirs are. Again
-  after pauses that grow, for each class and for each client. Running tasks end first; nothing is killed.
-- Large requests are not starved by small ones: one that has waited for `RESERVE_AFTER_MS` keeps back what it lacks from
-  others, for `RESERVE_MS` at most and then not again for as long, so that it can't stop the node when a lease never
-  ends. It may not if actors hold so much that it can't fit.
+  recalled, as many as cover the lack. If the client's own other classes hold the resources, theirs are. Again after
+  pauses that grow. Running tasks end first; nothing is killed. The class goes to the front of the queue.
+- Large requests are not starved by small ones: one that has waited for `RESERVE_AFTER_MS`, and has less than its share,
+  keeps back from others what it needs. A reservation that comes to nothing, since some lease does not end, lapses and
+  is tried again, longer, after a pause of several times its length: a request that never fits costs the node a quarter
+  of these resources at worst. None is made if actors hold so much that it can't fit.
 
 Cost: amortised constant for each event and each pause of each waiting class. A round of asking scans the holders of
 one resource, whose number the resources of the node bound.
@@ -23,11 +24,11 @@ of the others); a share by weights of resources (the units of GPUs and memory do
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Set
+from collections.abc import Iterable
 from heapq import heappop, heappush
 from typing import Final, NamedTuple
 
-from ftray.scheduling.records import Client, Dedicated, DemandClass, Holders, Lease, Shape
+from ftray.scheduling.records import Client, Dedicated, DemandClass, Holders, Lease, Shape, Turns
 from ftray.scheduling.resources import NodeResources
 
 ASK_PERIOD_MS: Final = 50
@@ -40,7 +41,11 @@ RECALLS_AT_ONCE_MAX: Final = 64
 RESERVE_AFTER_MS: Final = 200
 """A request that has waited this long may keep resources back from others."""
 RESERVE_MS: Final = 500
-"""For how long, and how long it may not afterwards."""
+"""For how long at first."""
+RESERVE_MAX_MS: Final = 8_000
+"""For how long at most: longer each time it came to nothing."""
+RESERVE_PAUSES: Final = 3
+"""After a reservation that came to nothing there is none for this many times as long."""
 
 
 class Reclaim(NamedTuple):
@@ -55,18 +60,20 @@ class Fairness:
     """Who waits how long, who holds what, and what follows. `waiting` is the scheduler's own dictionary."""
 
     __slots__ = (
-        "reserved", "_dedicated_units", "_due", "_fresh", "_holders", "_node", "_reserve_again_ms", "_reserved_until_ms",
-        "_timers", "_waiting",
+        "dedicated_turn", "reserved", "_dedicated_units", "_due", "_fresh", "_holders", "_node", "_reserve_again_ms",
+        "_reserved_until_ms", "_turns", "_waiting",
     )  # fmt: skip
 
-    def __init__(self, node: NodeResources, waiting: Iterable[Shape]) -> None:
+    def __init__(self, node: NodeResources, waiting: Iterable[Shape], turns: Turns) -> None:
         self._node = node
+        self._turns = turns
         self._waiting = waiting
         self._holders: dict[str, Holders] = {}
         self._dedicated_units: dict[str, int] = {}
         self._fresh: list[DemandClass] = []
         self._due: list[tuple[float, int, DemandClass | Dedicated]] = []
-        self._timers = 0
+        self.dedicated_turn = 0
+        """The turn of the queue of actors."""
         self.reserved: Shape | None = None
         """The request that is next as soon as it fits."""
         self._reserved_until_ms = 0.0
@@ -85,8 +92,10 @@ class Fairness:
     def stamp(self, now_ms: float) -> None:
         """Writes the time to classes that began to wait since the clock was last seen (demand comes without one)."""
         if self.reserved is not None and now_ms >= self._reserved_until_ms:
+            pause_ms = self.reserved.reserve_ms * RESERVE_PAUSES
+            self._reserve_again_ms = now_ms + pause_ms
+            self.reserved.reserve_again_ms = now_ms + 2 * pause_ms  # others have a chance in between
             self.reserved = None
-            self._reserve_again_ms = now_ms + RESERVE_MS
         if self._fresh:
             for demand in self._fresh:
                 demand.fresh = False
@@ -102,6 +111,7 @@ class Fairness:
 
     def granted(self, shape: Shape) -> None:
         """Somebody with this request was served, or nobody has it any more."""
+        shape.reserve_ms = 0.0
         if self.reserved is shape:
             self.reserved = None
 
@@ -136,10 +146,6 @@ class Fairness:
 
     # --- what the scheduler asks -------------------------------------------------------------------------------------
 
-    def kept_back(self) -> Set[str]:
-        """Names of resources that only the reserving request may take now."""
-        return self._node.short(self.reserved.request).keys() if self.reserved is not None else frozenset()
-
     def reclaims(self, now_ms: float) -> list[Reclaim]:
         """What to ask clients for."""
         found: list[Reclaim] = []
@@ -162,15 +168,16 @@ class Fairness:
     def _time(self, waiter: DemandClass | Dedicated, due_ms: float) -> None:
         """Sees to it that the waiter is looked at when `due_ms` is past (or earlier, which does no harm)."""
         if not waiter.timer or waiter.due_ms > due_ms:
-            self._timers += 1
-            waiter.timer = self._timers
+            waiter.timer = self._turns.last()
             waiter.due_ms = due_ms
-            heappush(self._due, (due_ms, self._timers, waiter))
+            heappush(self._due, (due_ms, waiter.timer, waiter))
 
     def _ask(self, shape: Shape, holders: Holders, now_ms: float, found: list[Reclaim]) -> None:
         holders.ask_after_ms = now_ms + ASK_PERIOD_MS
         for client in holders.clients:
-            if client.asked_ms + ASK_PERIOD_MS > now_ms:
+            again_ms = client.asked_ms + ASK_PERIOD_MS
+            if again_ms > now_ms:
+                holders.ask_after_ms = min(holders.ask_after_ms, again_ms)
                 continue
             if shape.waits_only_for(client) and not client.holds_elsewhere():
                 continue
@@ -184,26 +191,34 @@ class Fairness:
         if due_ms < now_ms:
             short = self._node.short(waiter.shape.request)
             if short:
-                self._recall(waiter, short, now_ms, found)
-                self._reserve(waiter.shape, now_ms - waiter.since_ms, now_ms)
+                if self._recall(waiter, short, now_ms, found):
+                    self._advance(waiter)
+                    self._reserve(waiter.shape, now_ms - waiter.since_ms, now_ms)
             waiter.backoff_ms = min(max(waiter.backoff_ms * 2, FAIR_AFTER_MS), RECALL_PAUSE_MAX_MS)
             due_ms = now_ms + waiter.backoff_ms
         self._time(waiter, due_ms)
 
     def _recall(
         self, waiter: DemandClass | Dedicated, short: dict[str, int], now_ms: float, found: list[Reclaim]
-    ) -> None:
-        """Names the oldest leases of those with the most until what is short would be covered."""
+    ) -> bool:
+        """Names the oldest leases of those with the most until what is short would be covered.
+
+        Returns whether the waiter has less than its share, even if there was nothing to name.
+        """
         client = waiter.client if isinstance(waiter, DemandClass) else None
         from_others = client is None or client.recall_after_ms < now_ms
         left = RECALLS_AT_ONCE_MAX
+        deserves = client is None or not client.leases
         for name, units in short.items():
             holders = self._holders.get(name)
             while units > 0 and left and holders is not None:
-                victim = self._victim(waiter, holders, from_others)
+                victim = self._victim(waiter, holders)
                 if victim is None:
                     break
+                deserves = True
                 if client is not None and victim is not client:
+                    if not from_others:
+                        break
                     client.recall_after_ms = now_ms + FAIR_AFTER_MS
                 lease = holders.oldest(victim)
                 self.delist(lease, victim)
@@ -212,8 +227,9 @@ class Fairness:
                 found.append(Reclaim(victim.client_id, lease.demand.class_id, lease.lease_id))
                 units -= lease.shape.request.units[name]
                 left -= 1
+        return deserves
 
-    def _victim(self, waiter: DemandClass | Dedicated, holders: Holders, from_others: bool) -> Client | None:
+    def _victim(self, waiter: DemandClass | Dedicated, holders: Holders) -> Client | None:
         """Whose oldest lease on the resource the waiter may have recalled."""
         top = holders.top()
         if top is None:
@@ -222,16 +238,29 @@ class Fairness:
             return top[0]
         own = holders.count(waiter.client)
         if own == 0 or top[1] >= own + 2:
-            return top[0] if from_others else None
+            return top[0]
         # Nobody has more to give than the client itself: one of its classes makes room for one that has nothing.
         return waiter.client if not waiter.held else None
+
+    def _advance(self, waiter: DemandClass | Dedicated) -> None:
+        """What comes back is for the waiter: it goes to the front, behind those who went there before."""
+        if isinstance(waiter, Dedicated):
+            if self.dedicated_turn >= 0:
+                self.dedicated_turn = self._turns.front()
+            return
+        if waiter.client.turn > 0:
+            waiter.client.turn = self._turns.front()
+        if waiter.turn > 0:
+            waiter.turn = self._turns.front()
+        waiter.shape.advance(waiter, self._turns.last())
 
     def _reserve(self, shape: Shape, waited_ms: float, now_ms: float) -> None:
         if (
             self.reserved is None
             and waited_ms >= RESERVE_AFTER_MS
-            and now_ms >= self._reserve_again_ms
+            and now_ms >= max(self._reserve_again_ms, shape.reserve_again_ms)
             and self._node.feasible(shape.request, besides=self._dedicated_units)
         ):
             self.reserved = shape
-            self._reserved_until_ms = now_ms + RESERVE_MS
+            shape.reserve_ms = min(max(shape.reserve_ms * 2, RESERVE_MS), RESERVE_MAX_MS)
+            self._reserved_until_ms = now_ms + shape.reserve_ms

@@ -9,11 +9,13 @@ Rules:
 - Demand is a level, not a request: it is repeated without harm, and a lease that ends while it is still wanted is
   granted anew without a word from the client.
 - Turns go round: of those whose request fits, the client served longest ago is next (the queue of actors counts as one
-  client), then its class served longest ago. A newcomer queues behind all who wait already.
+  client), then its class served longest ago. Clients that hold nothing come first, in the order in which they came to
+  that: they can't get on at all, and they are often workers whose task waits for a task of its own, which it is better
+  to finish than to start more like it.
 - A blocked worker lends its CPU, nothing else, and takes it back without asking: free CPU may be negative for a while.
 
-Cost: a grant looks at each *distinct* waiting request once, an end or a block at nothing but its lease; no event scans
-leases, clients or classes.
+Cost: a grant looks at each *distinct* waiting request once, the end of a client's last lease at the classes in which it
+waits, any other event at nothing but what it names; none scans leases, clients or classes.
 
 Rejected: priorities by age alone (one client with many old classes holds the node); strict first-come order (a
 request for all CPUs idles the node for as long as the longest task runs); revoking leases by killing workers.
@@ -26,7 +28,7 @@ from typing import NamedTuple
 from weakref import WeakValueDictionary
 
 from ftray.scheduling.fairness import Fairness, Reclaim
-from ftray.scheduling.records import Client, Dedicated, DemandClass, Lease, Shape
+from ftray.scheduling.records import Client, Dedicated, DemandClass, Lease, Shape, Turns
 from ftray.scheduling.resources import NodeResources, ResourceSet
 
 
@@ -105,8 +107,8 @@ class LeaseScheduler:
     """The leases of one node. All methods are synchronous and cheap; times are milliseconds of any steady clock."""
 
     __slots__ = (
-        "_clients", "_dedicated", "_dedicated_turn", "_fairness", "_leases", "_next_lease_id", "_node", "_reports",
-        "_shapes", "_turn", "_waiting",
+        "_clients", "_dedicated", "_fairness", "_leases", "_next_lease_id", "_node", "_reports", "_shapes", "_turns",
+        "_waiting",
     )  # fmt: skip
 
     def __init__(self, total: Mapping[str, float]) -> None:
@@ -116,11 +118,10 @@ class LeaseScheduler:
         self._leases: dict[int, Lease] = {}
         self._next_lease_id = 1
         self._dedicated: dict[Hashable, Dedicated] = {}
-        self._dedicated_turn = 0
-        self._turn = 1
+        self._turns = Turns()
         self._shapes: WeakValueDictionary[ResourceSet, Shape] = WeakValueDictionary()
         self._waiting: dict[Shape, None] = {}
-        self._fairness = Fairness(self._node, self._waiting)
+        self._fairness = Fairness(self._node, self._waiting, self._turns)
         self._reports: dict[DemandClass | Dedicated, None] = {}
 
     @property
@@ -163,7 +164,7 @@ class LeaseScheduler:
                 return
             shape = self._shape(class_id, resources)
             if owner is None:
-                owner = self._clients[client] = Client(client, self._turn)
+                owner = self._clients[client] = Client(client, self._turns.front())
             demand = owner.classes[class_id] = DemandClass(owner, class_id, job_id, shape)
         elif resources is not None and self._shape(class_id, resources) is not demand.shape:
             raise DemandError(f"class {class_id} was declared with {demand.shape.amounts}, now with {dict(resources)}")
@@ -192,7 +193,7 @@ class LeaseScheduler:
         """
         if token in self._dedicated:
             return False
-        dedicated = Dedicated(token, self._shape(token, resources), self._next_turn(), now_ms)
+        dedicated = Dedicated(token, self._shape(token, resources), self._turns.last(), now_ms)
         self._dedicated[token] = dedicated
         self._refresh_dedicated(dedicated)
         return True
@@ -242,6 +243,10 @@ class LeaseScheduler:
         self._fairness.delist(lease, client)
         del demand.held[lease_id]
         del client.leases[lease_id]
+        if not client.leases and not client.dropped:
+            client.turn = self._turns.front()
+            for waiting in client.waiting.values():
+                waiting.shape.advance(waiting, self._turns.last())
         self._refresh(demand)
         return EndedLease(client.client_id, demand.class_id, None)
 
@@ -344,14 +349,17 @@ class LeaseScheduler:
         reserved = self._fairness.reserved
         if reserved is not None and self._node.fits(reserved.request):
             return self._head(reserved)[1]
-        kept_back = self._fairness.kept_back()
         best: DemandClass | Dedicated | None = None
         best_turn = (0, 0)
         for shape in self._waiting:
-            if self._node.fits(shape.request) and kept_back.isdisjoint(shape.names):
-                turn, waiter = self._head(shape)
-                if best is None or turn < best_turn:
-                    best, best_turn = waiter, turn
+            if reserved is None:
+                if not self._node.fits(shape.request):
+                    continue
+            elif not self._node.fits_beside(shape.request, reserved.request):
+                continue
+            turn, waiter = self._head(shape)
+            if best is None or turn < best_turn:
+                best, best_turn = waiter, turn
         return best
 
     def _head(self, shape: Shape) -> tuple[tuple[int, int], DemandClass | Dedicated]:
@@ -359,7 +367,7 @@ class LeaseScheduler:
         demand = shape.head()
         if shape.dedicated:
             dedicated = next(iter(shape.dedicated.values()))
-            turn = (self._dedicated_turn, dedicated.turn)
+            turn = (self._fairness.dedicated_turn, dedicated.turn)
             if demand is None or turn < (demand.client.turn, demand.turn):
                 return turn, dedicated
         assert demand is not None  # a shape is among the waiting only while somebody waits
@@ -372,7 +380,7 @@ class LeaseScheduler:
         demand.held[lease.lease_id] = lease
         client.leases[lease.lease_id] = lease
         self._fairness.enlist(lease, client)
-        client.turn = demand.turn = self._next_turn()
+        client.turn = demand.turn = self._turns.last()
         self._refresh(demand)
         self._fairness.served(demand, now_ms)
         return Grant(client.client_id, demand.class_id, lease.lease_id, demand.job_id, shape.amounts)
@@ -383,17 +391,13 @@ class LeaseScheduler:
         self._leases[lease.lease_id] = lease
         dedicated.lease_id = lease.lease_id
         self._fairness.dedicated_holds(shape, 1)
-        self._dedicated_turn = self._next_turn()
+        self._fairness.dedicated_turn = self._turns.last()
         self._refresh_dedicated(dedicated)
         return DedicatedGrant(dedicated.token, lease.lease_id, shape.amounts)
 
     def _take_lease_id(self) -> int:
         self._next_lease_id += 1
         return self._next_lease_id - 1
-
-    def _next_turn(self) -> int:
-        self._turn += 1
-        return self._turn
 
     # --- who waits --------------------------------------------------------------------------------------------------
 
@@ -419,7 +423,8 @@ class LeaseScheduler:
         if waiting:
             self._fairness.begins(demand)
             client.waiting[demand.class_id] = demand
-            shape.enqueue(demand, self._next_turn())
+            demand.turn = self._turns.last()
+            shape.enqueue(demand, self._turns.last())
             self._begins_to_wait(shape)
         else:
             del client.waiting[demand.class_id]

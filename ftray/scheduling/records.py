@@ -4,8 +4,9 @@ Role: pure data with the operations that keep it consistent; the decisions are i
 
 - A **shape** is one resource request, interned: all who ask for the same amounts queue there, so a dispatch looks at
   each distinct request once, however many wait for it.
-- The queue of a shape is a heap by (client's turn, class's turn). A turn is the number of the last grant, and only
-  grows, so a stored key is a lower bound: a stale head is put back under its true key, and nothing is searched for.
+- The queue of a shape is a heap by (client's turn, class's turn). A turn usually grows, and then the stored key is a
+  lower bound: a head whose key is out of date is put back under its true one. A turn that shrinks needs a new entry
+  (`advance`), and the old one is skipped when it surfaces.
 - **Holders**, one for each resource name, say which clients hold how many leases on it: buckets by count, in which the
   top moves by one at a time, and each client's leases in the order of their grant.
 
@@ -24,6 +25,26 @@ from ftray.scheduling.resources import CPU, ResourceSet
 _LONG_AGO_MS: Final = float("-inf")
 
 
+class Turns:
+    """Numbers that say who is next: the lowest. Those of the front are below all others; each kind only grows."""
+
+    __slots__ = ("_front", "_last")
+
+    def __init__(self) -> None:
+        self._last = 0
+        self._front = -(1 << 62)
+
+    def last(self) -> int:
+        """After everybody."""
+        self._last += 1
+        return self._last
+
+    def front(self) -> int:
+        """Before everybody but those who are at the front already."""
+        self._front += 1
+        return self._front
+
+
 class Client:
     """One owner: its classes, its leases, and how long it has been waiting."""
 
@@ -38,7 +59,7 @@ class Client:
         """Classes with unmet feasible demand."""
         self.leases: dict[int, Lease] = {}
         self.turn = turn
-        """The number of its last grant; before that, of the last grant to anyone when it came."""
+        """Set by each grant to it, and to the front when it holds no lease."""
         self.asked_ms = _LONG_AGO_MS
         """When it was last asked for idle leases."""
         self.recall_after_ms = _LONG_AGO_MS
@@ -55,7 +76,7 @@ class DemandClass:
 
     __slots__ = (
         "client", "class_id", "job_id", "shape", "want", "held", "turn", "since_ms", "backoff_ms", "timer", "due_ms",
-        "fresh", "waiting", "queued", "reported",
+        "fresh", "waiting", "entry", "reported",
     )  # fmt: skip
 
     def __init__(self, client: Client, class_id: int, job_id: bytes, shape: Shape) -> None:
@@ -75,8 +96,8 @@ class DemandClass:
         self.fresh = False
         """It has begun to wait and nobody has looked at the clock yet."""
         self.waiting = False
-        self.queued = False
-        """It has an entry in its shape's heap, possibly a stale one."""
+        self.entry = 0
+        """The number of its entry in its shape's heap while it waits, or else 0."""
         self.reported = False
         """Its client has been told that the node can never give it."""
 
@@ -123,8 +144,8 @@ class Shape:
     """One resource request and all who wait for it."""
 
     __slots__ = (
-        "request", "amounts", "cpu", "rest", "names", "names_blocked", "feasible", "dedicated", "waiting", "_heap",
-        "_stale", "__weakref__",
+        "request", "amounts", "cpu", "rest", "names", "names_blocked", "feasible", "dedicated", "waiting",
+        "reserve_ms", "reserve_again_ms", "_heap", "_stale", "__weakref__",
     )  # fmt: skip
 
     def __init__(self, request: ResourceSet, feasible: bool) -> None:
@@ -141,50 +162,56 @@ class Shape:
         """Waiting allocations for actors, oldest first."""
         self.waiting: dict[Client, int] = {}
         """Clients with unmet demand here, and in how many classes."""
-        self._heap: list[tuple[int, int, DemandClass]] = []
+        self.reserve_ms = 0.0
+        """How long its last reservation was that came to nothing."""
+        self.reserve_again_ms = _LONG_AGO_MS
+        self._heap: list[tuple[int, int, int, DemandClass]] = []
         self._stale = 0
 
     def is_waiting(self) -> bool:
         return bool(self.waiting) or bool(self.dedicated)
 
-    def enqueue(self, demand: DemandClass, turn: int) -> None:
-        """The class begins to wait, at `turn` unless it still has an entry."""
+    def enqueue(self, demand: DemandClass, entry: int) -> None:
+        """The class begins to wait under its own and its client's turn. `entry`: a number never used before."""
         client = demand.client
         self.waiting[client] = self.waiting.get(client, 0) + 1
-        if demand.queued:
-            self._stale -= 1
-        else:
-            demand.queued = True
-            demand.turn = turn
-            heappush(self._heap, (client.turn, turn, demand))
+        demand.entry = entry
+        heappush(self._heap, (client.turn, demand.turn, entry, demand))
+
+    def advance(self, demand: DemandClass, entry: int) -> None:
+        """Its turn, or its client's, has become lower. `entry`: a number never used before."""
+        demand.entry = entry
+        heappush(self._heap, (demand.client.turn, demand.turn, entry, demand))
+        self._sweep()
 
     def dequeue(self, demand: DemandClass) -> None:
-        """The class (`waiting` already false) waits no longer."""
+        """The class waits no longer."""
         client = demand.client
         count = self.waiting[client] - 1
         if count:
             self.waiting[client] = count
         else:
             del self.waiting[client]
+        demand.entry = 0
+        self._sweep()
+
+    def _sweep(self) -> None:
         self._stale += 1
         if self._stale * 2 > len(self._heap) + 16:
-            for _, _, entry in self._heap:
-                entry.queued = entry.waiting
-            self._heap = [entry for entry in self._heap if entry[2].waiting]
+            self._heap = [item for item in self._heap if item[2] == item[3].entry]
             heapify(self._heap)
             self._stale = 0
 
     def head(self) -> DemandClass | None:
-        """The waiting class whose client was served longest ago; of that client's, the one served longest ago."""
+        """The waiting class whose turn it is."""
         heap = self._heap
         while heap:
-            client_turn, turn, demand = heap[0]
-            if not demand.waiting:
+            client_turn, turn, entry, demand = heap[0]
+            if entry != demand.entry:
                 heappop(heap)
-                demand.queued = False
                 self._stale -= 1
             elif client_turn != demand.client.turn or turn != demand.turn:
-                heapreplace(heap, (demand.client.turn, demand.turn, demand))
+                heapreplace(heap, (demand.client.turn, demand.turn, entry, demand))
             else:
                 return demand
         return None

@@ -82,10 +82,11 @@ def parse_resources(
 def _checked(what: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{what} must be a number, not {value!r} ({type(value).__name__})")
+    number: Any = value
     try:
-        amount = float(value)
+        amount = float(number)
     except OverflowError:
-        amount = math.copysign(AMOUNT_MAX, value)
+        amount = float(AMOUNT_MAX if number > 0 else -AMOUNT_MAX)
     if math.isnan(amount) or amount == math.inf:
         raise ValueError(f"{what}={value!r} is not a finite number")
     if amount < 0:
@@ -196,6 +197,14 @@ class NodeResources:
         total = self._total
         taken = besides or {}
         return all(total.get(name, 0) - taken.get(name, 0) >= units for name, units in request.units.items())
+
+    def fits_beside(self, request: ResourceSet, reserved: ResourceSet) -> bool:
+        """Whether the request could be allocated now and leave what `reserved` needs of the same resources."""
+        available = self._available
+        for name, units in request.units.items():
+            if available.get(name, 0) < units + reserved.units.get(name, 0):
+                return False
+        return True
 
     def short(self, request: ResourceSet) -> dict[str, int]:
         """Units by name that would have to come free before the request fits; empty if it does."""

@@ -20,7 +20,7 @@ class Message(msgspec.Struct, array_like=True, gc=False):
     """Base of all messages."""
 
 
-# --- values -----------------------------------------------------------------------------------------------------------
+# --- values ---------------------------------------------------------------------------------------------------------
 
 INLINE = 0
 """The value's bytes are in the payload."""
@@ -59,7 +59,7 @@ class Dependency(Message):
     value: Value
 
 
-# --- first message on every link to a worker, both ways ---------------------------------------------------------------
+# --- first message on every link to a worker, both ways -------------------------------------------------------------
 
 
 class PeerHello(Message, tag=1):
@@ -70,7 +70,7 @@ class PeerHello(Message, tag=1):
     pid: int
 
 
-# --- task channel: owner -> worker ------------------------------------------------------------------------------------
+# --- task channel: owner -> worker ----------------------------------------------------------------------------------
 
 
 class PushTask(Message, tag=2):
@@ -98,7 +98,7 @@ class PushActorTask(Message, tag=3):
     group: str = ""
 
 
-# --- task channel: worker -> owner ------------------------------------------------------------------------------------
+# --- task channel: worker -> owner ----------------------------------------------------------------------------------
 
 
 class TaskDone(Message, tag=4):
@@ -125,7 +125,8 @@ class TaskFailed(Message, tag=6):
     exits: bool = False
     """The worker ends after this reply (`exit_actor`, SystemExit)."""
     mro: tuple[str, ...] = ()
-    """`module.qualname` of the exception's class and its bases, for `retry_exceptions` without unpickling user types."""
+    """`module.qualname` of the exception's class and its bases, for `retry_exceptions` without unpickling user
+    types."""
 
 
 class TasksReturned(Message, tag=7):
@@ -135,7 +136,7 @@ class TasksReturned(Message, tag=7):
     blocked: bool = False
 
 
-# --- worker to worker: ownership --------------------------------------------------------------------------------------
+# --- worker to worker: ownership ------------------------------------------------------------------------------------
 
 
 class AddBorrowers(Message, tag=10):
@@ -190,7 +191,7 @@ class PinForever(Message, tag=18):
     object_ids: tuple[bytes, ...]
 
 
-# --- driver or worker -> raylet ---------------------------------------------------------------------------------------
+# --- driver or worker -> raylet -------------------------------------------------------------------------------------
 
 
 class RegisterClient(Message, tag=20):
@@ -293,7 +294,7 @@ class Unregister(Message, tag=35):
     reason: str = ""
 
 
-# --- raylet -> driver or worker ---------------------------------------------------------------------------------------
+# --- raylet -> driver or worker -------------------------------------------------------------------------------------
 
 
 class Registered(Message, tag=40):
@@ -383,7 +384,7 @@ class ExitWorker(Message, tag=50):
     reason: str
 
 
-# --- any client <-> GCS -----------------------------------------------------------------------------------------------
+# --- any client <-> GCS ---------------------------------------------------------------------------------------------
 
 
 class GcsHello(Message, tag=60):
@@ -440,7 +441,7 @@ class GcsHeartbeat(Message, tag=66):
     available: dict[str, float]
 
 
-# --- GCS -> raylet (its actor manager's effects) ----------------------------------------------------------------------
+# --- GCS -> raylet (its actor manager's effects) --------------------------------------------------------------------
 
 
 class StartActor(Message, tag=70):
@@ -471,7 +472,7 @@ class NodeFenced(Message, tag=73):
     reason: str
 
 
-# --- command-line tools <-> raylet ------------------------------------------------------------------------------------
+# --- command-line tools <-> raylet ----------------------------------------------------------------------------------
 
 
 class ToolQuery(Message, tag=80):

@@ -194,7 +194,7 @@ class Reactor:
         self._timer_count = 0
         self.poll_events = self._epoll.poll
 
-    # --- waiting ------------------------------------------------------------------------------------------------------
+    # --- waiting -----------------------------------------------------------------------------------------------------
 
     def fileno(self) -> int:
         """What the loop waits on: readable when there is something to read and no thread reads already."""
@@ -254,7 +254,7 @@ class Reactor:
         while dirty:
             dirty.pop().flush()
 
-    # --- links --------------------------------------------------------------------------------------------------------
+    # --- links -------------------------------------------------------------------------------------------------------
 
     def listen(self, endpoint: str, accept_handler: Callable[[Link], Handler | None], backlog: int = 1024) -> str:
         """Listens; returns the endpoint with the real port. Raises OSError."""
@@ -467,7 +467,7 @@ class Reactor:
         self.links[link.fd] = link
         self._epoll.register(link.fd, EPOLLIN | EPOLLOUT if link.writing else EPOLLIN)
 
-    # --- other descriptors --------------------------------------------------------------------------------------------
+    # --- other descriptors -------------------------------------------------------------------------------------------
 
     def watch(self, fd: int, callback: Callable[[], None]) -> None:
         """Calls `callback` under the lock whenever `fd` is readable (level-triggered)."""
@@ -490,7 +490,7 @@ class Reactor:
             log.exception("%s: a callback failed", self.name)
             self.handler_errors.append(repr(error))
 
-    # --- timers -------------------------------------------------------------------------------------------------------
+    # --- timers ------------------------------------------------------------------------------------------------------
 
     def now_ms(self) -> float:
         return time.monotonic() * 1000.0
@@ -533,7 +533,18 @@ class Reactor:
         if self.dirty:
             self.flush_dirty()
 
-    # --- end ----------------------------------------------------------------------------------------------------------
+    def abandon(self) -> None:
+        """In a forked child: closes the child's copies of all descriptors, without a word to anybody."""
+        for link in self.links.values():
+            link.closed = True
+            link.sock.close()
+        for sock, _ in self._listeners.values():
+            sock.close()
+        self.links.clear()
+        self._gate.close()
+        self._epoll.close()
+
+    # --- end ---------------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
         """Closes all sockets without telling handlers."""

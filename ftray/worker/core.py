@@ -17,6 +17,7 @@ Rejected: one class for all of it; a lock for each part (a reply touches four of
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextvars
 import itertools
 import logging
@@ -46,9 +47,9 @@ from ftray.wire.loop import drive
 from ftray.wire.reactor import Reactor
 
 if TYPE_CHECKING:
-    from ftray.gcs.client import GcsClient
     from ftray.worker.actors import ActorClient
     from ftray.worker.execution import Executor
+    from ftray.worker.gcs_access import GcsAccess
     from ftray.worker.objects import ObjectPlane
     from ftray.worker.peers import Peers
     from ftray.worker.raylet_client import RayletClient
@@ -60,20 +61,28 @@ log = logging.getLogger("ftray.worker")
 class TaskContext:
     """What runs in the current thread or coroutine: the parent of whatever it submits."""
 
-    __slots__ = ("actor_id", "attempt", "counter", "function_name", "prefix", "task_id")
+    __slots__ = ("_prefix", "actor_id", "attempt", "counter", "function_name", "task_id")
 
     def __init__(self, prefix: bytes, task_id: bytes, attempt: int = 0, name: str = "", actor_id: bytes = b"") -> None:
-        self.prefix = prefix
+        self._prefix = prefix
         self.task_id = task_id
         self.counter = itertools.count().__next__
         self.attempt = attempt
         self.function_name = name
         self.actor_id = actor_id
 
+    @property
+    def prefix(self) -> bytes:
+        """The prefix of its children's ids; hashed when the first child is made, since most tasks have none."""
+        prefix = self._prefix
+        if not prefix:
+            prefix = self._prefix = children_prefix(self.task_id)
+        return prefix
+
 
 def task_context(task_id: bytes, attempt: int, name: str, actor_id: bytes = b"") -> TaskContext:
     """The context in which a task runs; its children's prefix is a hash of its id."""
-    return TaskContext(children_prefix(task_id), task_id, attempt, name, actor_id)
+    return TaskContext(b"", task_id, attempt, name, actor_id)
 
 
 current_task: contextvars.ContextVar[TaskContext | None] = contextvars.ContextVar("ftray_task", default=None)
@@ -87,7 +96,7 @@ class Core:
     actors: ActorClient
     peers: Peers
     raylet: RayletClient
-    gcs: GcsClient
+    gcs: GcsAccess
     executor: Executor | None
 
     def __init__(
@@ -108,11 +117,14 @@ class Core:
         self.node_id = b""
         self.job_id = b""
         self.namespace = ""
+        self.raylet_endpoint = ""
         self.root_context = TaskContext(b"", b"")
         self.executor = None
         self.closed = False
         self.close_reason = ""
         self.log_sink: Callable[[Any], None] | None = None
+        self.callbacks = concurrent.futures.ThreadPoolExecutor(4, "ftray-callback")
+        """Runs what calls user code when an object is ready; its threads start with the first use."""
         self._ticking = False
         self._thread: threading.Thread | None = None
         self._trio_token: trio.lowlevel.TrioToken | None = None
@@ -152,23 +164,21 @@ class Core:
         table = self.table
         while table.effects:
             for effect in table.take_effects():
-                kind = type(effect)
-                if kind is Freed:
+                if isinstance(effect, Freed):
                     self.objects.freed(effect.object_id, effect.entry)
-                elif kind is Forgot:
+                elif isinstance(effect, Forgot):
                     self.objects.forgot(effect.object_id, effect.entry)
-                elif kind is AddBorrower:
+                elif isinstance(effect, AddBorrower):
                     self.peers.add_borrower(effect.owner, effect.owner_endpoint, effect.object_ids)
-                elif kind is RemoveBorrower:
+                elif isinstance(effect, RemoveBorrower):
                     self.peers.remove_borrower(effect.owner, effect.owner_endpoint, effect.object_ids)
-                elif kind is PinAtOwner:
+                elif isinstance(effect, PinAtOwner):
                     self.peers.pin_at_owner(effect.owner, effect.owner_endpoint, effect.object_ids)
-                elif kind is BorrowLost:
+                elif isinstance(effect, BorrowLost):
                     self.objects.borrow_lost(effect.object_id, effect.entry)
-                elif kind is AckReturns:
+                elif isinstance(effect, AckReturns):
                     self.peers.ack_returns(effect.token)
-                elif kind is TaskMayReply:
-                    assert self.executor is not None
+                elif isinstance(effect, TaskMayReply) and self.executor is not None:
                     self.executor.may_reply(effect.token)
 
     def tick_soon(self) -> None:
@@ -188,7 +198,7 @@ class Core:
             self._ticking = True
             self.reactor.call_later(100, self._tick)
 
-    # --- the background loop -------------------------------------------------------------------------------------------
+    # --- the background loop -----------------------------------------------------------------------------------------
 
     def start_loop(self) -> None:
         """Starts the thread whose trio loop drives the reactor when no user thread does."""
@@ -215,11 +225,13 @@ class Core:
                 pass
             if thread is not threading.current_thread():
                 thread.join(5.0)
+        self.callbacks.shutdown(wait=False, cancel_futures=True)
         with self.lock:
             self.reactor.close()
 
     def fail_all(self, error: Exception) -> None:
-        """Nothing more will come (the node is gone, or shutdown): every pending object becomes `error`. Under the lock."""
+        """Nothing more will come (the node is gone, or shutdown): every pending object becomes `error`. Under the
+        lock."""
         self.closed = True
         self.close_reason = str(error)
         self.raylet.fail_all(error)

@@ -50,7 +50,7 @@ def error_payload(exc: BaseException) -> bytes:
     return pickle.dumps((_OTHER, "", "", 0, "", _chain(exc)), 5)
 
 
-def load_task_error(payload: bytes | memoryview) -> BaseException:
+def load_task_error(payload: bytes | bytearray | memoryview) -> BaseException:
     """What to raise for a payload of either kind. Never raises.
 
     For a task's error it is a `TaskError` that is an instance of the user's type too; a plain one, whose `cause` is an
@@ -71,7 +71,7 @@ def remote_traceback(exc: BaseException) -> str:
     return _guarded(lambda: _format(exc)) or f"{_type_name(exc)}: {_text_of(exc)}\n"
 
 
-# --- packing ----------------------------------------------------------------------------------------------------------
+# --- packing --------------------------------------------------------------------------------------------------------
 
 
 def _chain(exc: BaseException) -> list[Link]:
@@ -128,7 +128,7 @@ def _leave_out_own_frames(captured: TracebackException, exc: BaseException, seen
         _leave_out_own_frames(below, inner, seen)
 
 
-# --- loading ----------------------------------------------------------------------------------------------------------
+# --- loading --------------------------------------------------------------------------------------------------------
 
 
 def _load_chain(links: list[Link], text: str) -> BaseException:
@@ -160,7 +160,7 @@ def _load_link(link: Link, text: str) -> BaseException:
     return UnserializableException(type_name, message, text, why)
 
 
-# --- what user code may break -----------------------------------------------------------------------------------------
+# --- what user code may break ---------------------------------------------------------------------------------------
 
 
 def _guarded(make: Callable[[], Any]) -> str:

@@ -1,7 +1,7 @@
 """Values: `put`, `get`, `wait`, and this node's store as a client sees it.
 
-Role: shell. A small value is bytes in its reference entry. A large one is in the node's arena: created and sealed through
-the raylet, written straight into shared memory, read through a read-only map for each reader.
+Role: shell. A small value is bytes in its reference entry. A large one is in the node's arena: created and sealed
+through the raylet, written straight into shared memory, read through a read-only map for each reader.
 
 Pins: this process holds one pin at the raylet for each object that it created or mapped. It is released when the
 entry is gone *and* the last zero-copy view of it is (`arena.read_view` tells). The owner's primary pin is the raylet's,
@@ -76,7 +76,7 @@ class ObjectPlane:
         self.resolving: dict[bytes, set[bytes]] = {}
         """Owner -> objects asked of it and not answered."""
 
-    # --- values arrive ---------------------------------------------------------------------------------------------------
+    # --- values arrive -----------------------------------------------------------------------------------------------
 
     def resolve(self, object_id: bytes, entry: Entry, state: int, value: object) -> None:
         """The value (or error) of an object is known, under the lock."""
@@ -158,7 +158,7 @@ class ObjectPlane:
             self.core.raylet.send(FreeObjects(tuple(self.freeing)))
             self.freeing.clear()
 
-    # --- pins ------------------------------------------------------------------------------------------------------------
+    # --- pins --------------------------------------------------------------------------------------------------------
 
     def unhold(self, object_id: bytes) -> None:
         pin = self.pins.get(object_id)
@@ -193,7 +193,7 @@ class ObjectPlane:
         view: memoryview = arena.read_view(pin.offset, pin.size, lambda: unviewed.append(object_id))
         return view
 
-    # --- put ---------------------------------------------------------------------------------------------------------------
+    # --- put ---------------------------------------------------------------------------------------------------------
 
     def put(self, serialized: Serialized) -> bytes:
         """Stores a value owned here; returns its id, with one local reference counted.
@@ -248,7 +248,7 @@ class ObjectPlane:
                 core.raylet.send(ReleaseObjects((object_id,)))
             core.reactor.flush_dirty()
 
-    # --- get ---------------------------------------------------------------------------------------------------------------
+    # --- get ---------------------------------------------------------------------------------------------------------
 
     def wait_ready(self, refs: Sequence[Any], timeout_s: float | None) -> None:
         """Blocks until all are ready. Raises GetTimeoutError naming what is missing."""
@@ -321,7 +321,8 @@ class ObjectPlane:
             left = [x for x in object_ids if (e := core.entries.get(x)) is not None and e.state == PENDING]
             lines = [f"  {short(x)}: {core.submitter.describe(x)}" for x in left[:5]]
         more = f"\n  and {len(left) - 5} more" if len(left) > 5 else ""
-        return f"{len(left)} of the objects were not ready within {timeout_s} s; waiting for:\n" + "\n".join(lines) + more
+        head = f"{len(left)} of the objects were not ready within {timeout_s} s; waiting for:\n"
+        return head + "\n".join(lines) + more
 
     def request(self, object_id: bytes, entry: Entry) -> None:
         """Asks the owner for a borrowed object's value, once, under the lock."""
@@ -387,7 +388,7 @@ class ObjectPlane:
                     else:
                         self.pins[object_id] = Pin(offset, size)
         with core.lock:
-            found = []
+            found: list[Pin] = []
             for object_id in object_ids:
                 pin = self.pins.get(object_id)
                 if pin is None:
@@ -417,7 +418,7 @@ class ObjectPlane:
         assert isinstance(value, BaseException)
         return value
 
-    # --- wait --------------------------------------------------------------------------------------------------------------
+    # --- wait --------------------------------------------------------------------------------------------------------
 
     def wait(self, refs: list[Any], num_returns: int, timeout_s: float | None) -> tuple[list[Any], list[Any]]:
         """Splits into (ready, not ready) once `num_returns` are ready or time is up."""

@@ -1,8 +1,8 @@
 """Other workers: borrowing from them, and lending to them.
 
-Role: shell around the borrowing protocol (`ownership/references.py`). What this process tells an owner goes over its own
-outgoing link to it, always the same one, so that "add" and "remove" arrive in order; answers come back on it. A link that
-breaks means that the process at its other end is dead.
+Role: shell around the borrowing protocol (`ownership/references.py`). What this process tells an owner goes over its
+own outgoing link to it, always the same one, so that "add" and "remove" arrive in order; answers come back on it. A
+link that breaks means that the process at its other end is dead.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from ftray.wire.messages import (
 )
 from ftray.wire.reactor import Link
 from ftray.worker import waiting
-from ftray.worker.failures import task_error_payload
+from ftray.worker.failures import error_payload
 from ftray.worker.waiting import Callback
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class Peers:
         self.core.table.process_died(worker_id)
         self.core.objects.owner_died(worker_id, endpoint, why)
 
-    # --- told by the reference table ---------------------------------------------------------------------------------------
+    # --- told by the reference table ---------------------------------------------------------------------------------
 
     def add_borrower(self, owner: bytes, endpoint: str, object_ids: list[bytes]) -> None:
         link = self.link_to(owner, endpoint)
@@ -125,7 +125,7 @@ class Peers:
         if link is not None:
             link.send(RecallTasks(task_ids))
 
-    # --- what peers say ------------------------------------------------------------------------------------------------------
+    # --- what peers say ----------------------------------------------------------------------------------------------
 
     def on_message(self, link: Link, message: Message, payload: bytes | bytearray) -> None:
         core = self.core
@@ -181,7 +181,7 @@ class Peers:
                 self._gone(worker_id, endpoint, reason)
         self.core.run_effects()
 
-    # --- values for borrowers --------------------------------------------------------------------------------------------------
+    # --- values for borrowers ----------------------------------------------------------------------------------------
 
     def _serve(self, link: Link, object_id: bytes) -> None:
         entry = self.core.entries.get(object_id)
@@ -200,7 +200,7 @@ class Peers:
         value, payload = value_of(entry)
         link.send(ObjectResolved(object_id, value), payload)
 
-    # --- references that arrive inside values ------------------------------------------------------------------------------------
+    # --- references that arrive inside values ------------------------------------------------------------------------
 
     def ref_loader(self, outer_id: bytes | None) -> Callable[[bytes, bytes, str], Any]:
         """What deserialisation calls for each reference inside the value of `outer_id` (None: out of band)."""
@@ -245,5 +245,5 @@ def value_of(entry: Entry) -> tuple[Value, bytes]:
         return Value(IN_STORE, place[1], place[0]), b""
     error: Any = entry.value
     if isinstance(error, BaseException):
-        error = task_error_payload(error, "", 0, "")
+        error = error_payload(error)
     return Value(ERROR, len(error)), error

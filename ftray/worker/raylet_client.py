@@ -1,7 +1,7 @@
 """The link of a driver or worker to its node's raylet.
 
-Role: shell. Requests that are answered carry a number; a thread waits for an answer by reading (`ask`), the runtime's own
-code gets a callback (`request`).
+Role: shell. Requests that are answered carry a number; a thread waits for an answer by reading (`ask`), the runtime's
+own code gets a callback (`request`).
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ Rules:
   be a reference or need pickling by value. All else goes through `Pickler`, which adds to cloudpickle's: buffers
   out of band, exceptions rebuilt without their `__init__`, and the capture of references.
 - References are noted by themselves: `ObjectRef.__reduce__` calls `note_ref`, which says whether we are serialising
-  (the reference is *contained*, its owner is told by the protocol) or somebody else is (*out of band*, pinned for good).
+  (the reference is *contained*, its owner is told by the protocol) or somebody else is (*out of band*, pinned).
 - Buffers alias the user's memory until `write_into` or `to_bytes`: write before giving control back to user code.
 - Arrays come back read-only, whatever their size, so that code which works in a test works on large data too.
 - numpy is never imported here; it is recognised once the user has.
@@ -26,25 +26,30 @@ references ahead of pickling (twice the work, and it can't see into `__reduce__`
 
 from __future__ import annotations
 
-import copyreg
 import pickle
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from io import BytesIO
 from pickle import PickleBuffer, dumps, loads
 from struct import Struct
-from types import FunctionType
 from typing import Any, SupportsIndex
 
-import cloudpickle
 import msgspec
 
-from ftray.exceptions import FtrayError, NotInitializedError, SerializationError, solid_base
+from ftray.exceptions import FtrayError, SerializationError
 from ftray.ids import content_hash
+from ftray.worker.pickler import (
+    PROTOCOL,
+    Pickler,
+    context,
+    is_ndarray,
+    load_ref,
+    loading_refs,
+    note_ref,
+    set_default_ref_loader,
+)
 from ftray.worker.values import explain, text_of
 
-PROTOCOL = 5
 PACKED = 0x01
 PLAIN = 0x80
 ALIGNMENT_BYTES = 64
@@ -58,6 +63,12 @@ _SCALARS = frozenset((type(None), bool, int, float, str))
 _PLAIN = _SCALARS | {bytes}
 _BYTES_LIKE = frozenset((bytes, bytearray))
 _NUMBER_KINDS = frozenset("biufc")
+
+__all__ = [
+    "EMPTY_ARGS", "ArgsPayload", "Serialized", "deserialize", "deserialize_args", "dump_inband", "serialize",
+    "serialize_args", "serialize_function",
+    "load_ref", "loading_refs", "note_ref", "set_default_ref_loader",
+]
 
 
 class Serialized(msgspec.Struct, eq=False, gc=False):
@@ -115,148 +126,18 @@ def _with_buffers(inband: bytes, pickle_buffers: list[PickleBuffer], refs: Seque
     return Serialized(inband, buffers, refs, size)
 
 
-# --- references inside values -----------------------------------------------------------------------------------------
-
-
-class _Context(threading.local):
-    refs: dict[Any, None] | None = None
-    """References met by the serialisation this thread is in; None when it is in none."""
-    loader: Callable[..., Any] | None = None
-    """Makes the references of the value this thread is deserialising."""
-
-
-_context = _Context()
-
-
-def _no_loader(*_: Any) -> Any:
-    raise NotInitializedError("a reference can be unpickled only after ftray.init()")
-
-
-_default_loader: Callable[..., Any] = _no_loader
-
-
-def note_ref(ref: Any) -> bool:
-    """Called by a reference that is being pickled. True: it is inside a value of ours, and in its `Serialized.refs`.
-
-    False: somebody else pickles it, so nobody will tell its owner who holds it. References are kept apart by `==`.
-    """
-    refs = _context.refs
-    if refs is None:
-        return False
-    refs[ref] = None
-    return True
-
-
-def load_ref(*args: Any) -> Any:
-    """What a pickled reference calls with its fields: asks the loader of the value we are loading, or the default one.
-
-    Raises NotInitializedError when there is neither.
-    """
-    return (_context.loader or _default_loader)(*args)
-
-
-class loading_refs:  # noqa: N801: it is used like a function
-    """`with loading_refs(loader):` references unpickled by this thread are made by `loader`; None: the default one."""
-
-    __slots__ = ("_loader", "_outer")
-
-    def __init__(self, loader: Callable[..., Any] | None) -> None:
-        self._loader = loader
-
-    def __enter__(self) -> None:
-        self._outer, _context.loader = _context.loader, self._loader
-
-    def __exit__(self, *exc_info: object) -> None:
-        _context.loader = self._outer
-
-
-def set_default_ref_loader(loader: Callable[..., Any] | None) -> None:
-    """Who makes references that were pickled out of band, or in a value read without `on_ref`; None: nobody."""
-    global _default_loader
-    _default_loader = loader or _no_loader
-
-
-# --- the pickler ------------------------------------------------------------------------------------------------------
-
-
-class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
-    """cloudpickle's, protocol 5, with exceptions and memoryviews that come back as they were."""
-
-    def __init__(self, file: Any, buffer_callback: Callable[[PickleBuffer], Any] | None = None) -> None:
-        # A plain dict: the C pickler looks into it for each object, and a ChainMap answers in Python, ten times slower.
-        self.dispatch_table = {**copyreg.dispatch_table, **_CLOUDPICKLE_TABLE}
-        self._out_of_band = buffer_callback is not None
-        super().__init__(file, protocol=PROTOCOL, buffer_callback=buffer_callback)
-
-    def reducer_override(self, obj: Any) -> Any:
-        kind = type(obj)
-        if kind is FunctionType or issubclass(kind, type):
-            return super().reducer_override(obj)
-        if kind is memoryview:
-            return _reduce_memoryview(obj) if self._out_of_band else NotImplemented
-        if issubclass(kind, BaseException):
-            return _reduce_exception(obj, kind)
-        if kind is _ndarray and not obj.flags.forc:  # numpy itself would put a copy into the pickle
-            return obj.copy().__reduce_ex__(PROTOCOL)
-        return NotImplemented
-
-
-_CLOUDPICKLE_TABLE: dict[type, Any] = dict(cloudpickle.Pickler.dispatch_table.maps[0])
-
-
-def _reduce_memoryview(view: memoryview) -> Any:
-    # (A view that is not contiguous, or of several dimensions in Fortran's order, has to be copied.)
-    buffer = PickleBuffer(view if view.c_contiguous else view.tobytes())
-    return _load_memoryview, (buffer, view.format, view.shape)
-
-
-def _load_memoryview(buffer: Any, format: str, shape: tuple[int, ...]) -> memoryview:
-    view = memoryview(buffer).toreadonly().cast("B")
-    if format == "B" and len(shape) == 1:
-        return view
-    if 0 in shape:
-        return view.cast(format)  # an empty view can't be cast to several dimensions
-    return view.cast(format, shape)  # type: ignore[call-overload,no-any-return]
-
-
-def _reduce_exception(error: BaseException, kind: type[BaseException]) -> Any:
-    """Exceptions whose `__init__` takes other arguments than it passes on are rebuilt without it, like other objects.
-
-    Pickle's default calls `type(*args)`, which for such a class fails in whoever reads it. A class with a `__reduce__`
-    of its own, or a registered one, is left alone.
-    """
-    base: Any = solid_base(kind)
-    if (kind.__init__ is base.__init__ and kind.__new__ is base.__new__) or kind in copyreg.dispatch_table:
-        return NotImplemented
-    untouched: Any = kind
-    for name in ("__reduce__", "__reduce_ex__", "__getstate__", "__setstate__"):
-        if getattr(untouched, name, None) is not getattr(base, name, None):
-            return NotImplemented
-    _, args, *state = base.__reduce__(error)
-    return _load_exception, (kind, base, args), (state[0] if state else None), None, None, _set_exception_state
-
-
-def _load_exception(kind: type[BaseException], base: Any, args: tuple[Any, ...]) -> BaseException:
-    error: BaseException = base.__new__(kind, *args)
-    base.__init__(error, *args)
-    return error
-
-
-def _set_exception_state(error: BaseException, state: dict[str, Any] | None) -> None:
-    if state:
-        for name, value in state.items():
-            BaseException.__setattr__(error, name, value)  # past a frozen dataclass's own
+# --- pickling -------------------------------------------------------------------------------------------------------
 
 
 def dump_inband(value: Any) -> bytes:
     """Pickle a value with all its buffers inside, references in it out of band. Raises whatever pickling raises."""
-    outer, _context.refs = _context.refs, None
+    outer, context.refs = context.refs, None
     try:
         file = BytesIO()
         Pickler(file).dump(value)
         return file.getvalue()
     finally:
-        _context.refs = outer
+        context.refs = outer
 
 
 class _Nowhere:
@@ -274,7 +155,7 @@ class _Nowhere:
 
 def _attempt(value: Any) -> tuple[Exception | None, int]:
     """Why a value can't be pickled, or None; and how many bytes were made in finding out."""
-    outer, _context.refs = _context.refs, {}
+    outer, context.refs = context.refs, {}
     file = _Nowhere()
     try:
         Pickler(file, buffer_callback=lambda buffer: None).dump(value)
@@ -282,10 +163,10 @@ def _attempt(value: Any) -> tuple[Exception | None, int]:
     except Exception as error:
         return error, file.written
     finally:
-        _context.refs = outer
+        context.refs = outer
 
 
-# --- values -----------------------------------------------------------------------------------------------------------
+# --- values ---------------------------------------------------------------------------------------------------------
 
 _ndarray: type | None = None
 _numpy_scalars: set[type] = set()
@@ -297,7 +178,7 @@ def _learn_numpy(kind: type) -> None:
     numpy = sys.modules.get("numpy")
     if numpy is None:
         return
-    if kind is numpy.ndarray:
+    if is_ndarray(kind):
         _ndarray = kind
     elif issubclass(kind, numpy.number) or kind is numpy.bool_:
         _numpy_scalars.add(kind)
@@ -352,11 +233,11 @@ def _serialize_general(value: Any) -> Serialized:
     buffers: list[PickleBuffer] = []
     file = BytesIO()
     refs: dict[Any, None] = {}
-    outer, _context.refs = _context.refs, refs
+    outer, context.refs = context.refs, refs
     try:
         Pickler(file, buffers.append).dump(value)
     finally:
-        _context.refs = outer
+        context.refs = outer
     return _with_buffers(file.getvalue(), buffers, list(refs) if refs else ())
 
 
@@ -381,7 +262,7 @@ def serialize(value: Any, what: str = "value") -> Serialized:
         raise explain([(what, value)], error, _attempt) from error
 
 
-def deserialize(payload: bytes | memoryview, on_ref: Callable[..., Any] | None = None) -> Any:
+def deserialize(payload: bytes | bytearray | memoryview, on_ref: Callable[..., Any] | None = None) -> Any:
     """The value of a packed payload. Buffers in it are read-only views of the payload, not copies.
 
     `on_ref` is called with the fields of each reference inside, and returns the reference; without it the loader of the
@@ -400,12 +281,12 @@ def deserialize(payload: bytes | memoryview, on_ref: Callable[..., Any] | None =
         raise
     except Exception as error:
         raise SerializationError(
-            f"a value of {len(payload)} bytes can't be read back: {type(error).__name__}: {text_of(error)}. If a module is "
-            "missing, install it on this node, or send it with `runtime_env`."
+            f"a value of {len(payload)} bytes can't be read back: {type(error).__name__}: {text_of(error)}. "
+            "If a module is missing, install it on this node, or send it with `runtime_env`."
         ) from error
 
 
-def _load_packed(payload: bytes | memoryview) -> Any:
+def _load_packed(payload: bytes | bytearray | memoryview) -> Any:
     view = memoryview(payload).toreadonly()
     tag, _, _, count, length = _HEAD.unpack_from(view)
     if tag != PACKED:
@@ -426,7 +307,7 @@ def _load_packed(payload: bytes | memoryview) -> Any:
     return loads(inband, buffers=buffers)
 
 
-# --- arguments --------------------------------------------------------------------------------------------------------
+# --- arguments ------------------------------------------------------------------------------------------------------
 
 
 class ArgsPayload(msgspec.Struct, eq=False, gc=False):
@@ -485,7 +366,7 @@ def serialize_args(args: tuple[Any, ...], kwargs: dict[str, Any], ref_type: type
 
 
 def deserialize_args(
-    payload: bytes | memoryview, on_ref: Callable[..., Any] | None = None
+    payload: bytes | bytearray | memoryview, on_ref: Callable[..., Any] | None = None
 ) -> tuple[list[Any], dict[str, Any]]:
     """Positional and keyword arguments, with None where the dependencies go. Raises as `deserialize`."""
     if not payload:
@@ -497,7 +378,7 @@ def deserialize_args(
     return positional, named
 
 
-# --- functions and classes --------------------------------------------------------------------------------------------
+# --- functions and classes ------------------------------------------------------------------------------------------
 
 
 def serialize_function(function: Any) -> tuple[bytes, bytes]:

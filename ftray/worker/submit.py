@@ -1,7 +1,7 @@
 """Submitting tasks: from a call to a frame on a worker's channel, and from its reply to a value.
 
-Role: shell around `ownership/dispatch.py`. The frame of a task without dependencies is encoded at submission; a task with
-some waits for them and is encoded when they are there, with small values inline.
+Role: shell around `ownership/dispatch.py`. The frame of a task without dependencies is encoded at submission; a task
+with some waits for them and is encoded when they are there, with small values inline.
 
 Output is batched, never delayed: the first task on an idle channel is sent at once, the following ones when 8 KB have
 gathered, and the rest with the first reply, the next blocking call or the next tick, whichever comes first.
@@ -25,9 +25,7 @@ from ftray.ownership.tasks import FunctionInfo, TaskRecord
 from ftray.wire.frames import PREFIX
 from ftray.wire.handshake import ROLE_TASK
 from ftray.wire.messages import (
-
     IN_STORE,
-    INLINE,
     AskDeathCause,
     Dependency,
     LeaseDemand,
@@ -41,17 +39,14 @@ from ftray.wire.messages import (
     TaskFailed,
     TaskReturns,
     TasksReturned,
-    Value,
     decode,
     encode,
 )
 from ftray.wire.reactor import Link
 from ftray.worker import waiting
 from ftray.worker.peers import value_of
-from ftray.worker.serialization import serialize
 
 if TYPE_CHECKING:
-    from ftray.ownership.calls import ActorCalls
     from ftray.worker.core import Core
 
 log = logging.getLogger("ftray.worker")
@@ -95,15 +90,15 @@ class Submitter:
         self.infeasible_classes: dict[int, str] = {}
         self.exporting: dict[bytes, str] = {}
 
-    # --- submission ----------------------------------------------------------------------------------------------------
+    # --- submission --------------------------------------------------------------------------------------------------
 
     def export(self, function: FunctionInfo, data: bytes) -> None:
         """Stores a function or class in the GCS, once. Not under the lock. Raises ValueError when it is too large."""
         core = self.core
         if len(data) > core.config.value_bytes_max:
             raise ValueError(
-                f"{function.name} is {len(data):,} bytes when serialised, over the limit of {core.config.value_bytes_max:,}: "
-                "it captures a large object; pass it with ftray.put() instead"
+                f"{function.name} is {len(data):,} bytes when serialised, over the limit of "
+                f"{core.config.value_bytes_max:,}: it captures a large object; pass it with ftray.put() instead"
             )
         with core.lock:
             function.exported = True
@@ -120,9 +115,7 @@ class Submitter:
         entries = core.entries
         task_id = task.task_id
         if not task.deps:
-            header = encode(
-                PushTask(task_id, task.function.function_id, task.num_returns, 0, len(payload), (), "")
-            )
+            header = encode(PushTask(task_id, task.function.function_id, task.num_returns, 0, len(payload), (), ""))
             task.frame = PREFIX.pack(len(header), len(payload)) + header + payload
         with core.lock:
             if core.released:
@@ -213,7 +206,9 @@ class Submitter:
             entry = core.entries[object_id]
             value, data = value_of(entry)
             deps.append(
-                Dependency(position, object_id, entry.owner or core.worker_id, entry.owner_endpoint or core.endpoint, value)
+                Dependency(
+                    position, object_id, entry.owner or core.worker_id, entry.owner_endpoint or core.endpoint, value
+                )
             )
             if data:
                 parts.append(data)
@@ -280,15 +275,13 @@ class Submitter:
             dispatcher.returns.clear()
         if dispatcher.demands:
             for cls in dispatcher.demands.values():
-                raylet.send(
-                    LeaseDemand(cls.class_id, cls.want, None if cls.declared else cls.resources, cls.name)
-                )
+                raylet.send(LeaseDemand(cls.class_id, cls.want, None if cls.declared else cls.resources, cls.name))
                 cls.declared = True
             dispatcher.demands.clear()
         if raylet.link is not None and raylet.link.dirty:
             raylet.link.flush()
 
-    # --- from the raylet --------------------------------------------------------------------------------------------------
+    # --- from the raylet ---------------------------------------------------------------------------------------------
 
     def granted(self, message: LeaseGranted) -> None:
         dispatcher = self.dispatcher
@@ -347,7 +340,7 @@ class Submitter:
         self.after()
         return busy or bool(self.unfinished)
 
-    # --- replies -----------------------------------------------------------------------------------------------------------
+    # --- replies -----------------------------------------------------------------------------------------------------
 
     def on_message(self, link: Link, message: Message, payload: bytes | bytearray) -> None:
         lease: Lease = link.tag
@@ -435,7 +428,7 @@ class Submitter:
             if self.core.table.effects:
                 self.core.run_effects()
 
-    # --- deaths --------------------------------------------------------------------------------------------------------------
+    # --- deaths ------------------------------------------------------------------------------------------------------
 
     def on_closed(self, link: Link, reason: str) -> None:
         lease = link.tag
@@ -489,7 +482,7 @@ class Submitter:
 
         self.core.raylet.request(lambda request: AskDeathCause(request, worker_id), known)
 
-    # --- explaining -----------------------------------------------------------------------------------------------------------
+    # --- explaining --------------------------------------------------------------------------------------------------
 
     def describe(self, object_id: bytes) -> str:
         """What a pending object waits for, in words."""
@@ -515,5 +508,3 @@ class Submitter:
         if entry is not None and entry.owner is not None:
             return f"an object of process {entry.owner.hex()[:12]}"
         return "unknown"
-
-

@@ -1,7 +1,7 @@
 """How a thread, a task or a peer waits for objects, and how a user thread waits by reading.
 
-Role: shell. A waiter hangs on reference entries and is told when each is ready; which kind it is decides what happens then.
-`block` is the waiter-reads rule of ARCHITECTURE.md: the thread drives the reactor itself unless another one does.
+Role: shell. A waiter hangs on reference entries and is told when each is ready; which kind it is decides what happens
+then. `block` is the waiter-reads rule of ARCHITECTURE.md: the thread drives the reactor itself unless another one does.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ PENDING = 0
 INLINE = 1
 IN_STORE = 2
 FAILED = 3
-"""States of an object's value: `Entry.state`. INLINE holds its bytes, IN_STORE `(node_id, size)`, FAILED a packed error or an
-exception."""
+"""States of an object's value: `Entry.state`. INLINE holds its bytes, IN_STORE `(node_id, size)`, FAILED a packed
+error or an exception."""
 
 
 class Waiter:

@@ -39,3 +39,48 @@ class SnapshotVersionError(SnapshotError):
 
 class ClusterMismatchError(GcsError):
     """The bytes belong to another cluster."""
+
+
+class JournalError(GcsError):
+    """The journal of a GCS replica can't be used."""
+
+
+class JournalCorruptError(JournalError):
+    """Records that were acknowledged are damaged."""
+
+    def __init__(self, path: str = "", offset: int = 0, what: str = "") -> None:
+        super().__init__(
+            f"the journal {path} is damaged at byte {offset} ({what}). Its records can't be trusted from there on. If "
+            "the cluster has other heads, replace this one, and it is filled from them (ftray heads replace); "
+            "otherwise put back a copy of the file from a backup, or move the file away to start with an empty cluster"
+        )
+        self.path = path
+        self.offset = offset
+
+
+class JournalVersionError(JournalError):
+    """The journal was written by a newer version of ftray."""
+
+
+class JournalClusterError(JournalError, ClusterMismatchError):
+    """The journal belongs to another cluster."""
+
+
+class JournalIdentityError(JournalError):
+    """The journal belongs to another replica of the cluster."""
+
+
+class JournalLockedError(JournalError):
+    """Another process has the journal open."""
+
+
+class JournalWriteError(JournalError):
+    """The journal could not be written. Nothing of the batch took effect; it may be tried again."""
+
+
+class JournalFailedError(JournalError):
+    """The disk failed while the journal was made durable: what is on it is not known. The replica must stop."""
+
+
+class JournalClosedError(JournalError):
+    """The journal is closed, or has not been replayed yet."""

@@ -83,7 +83,7 @@ class GcsState:
         """Changes after this revision are all in the ring."""
         self._fresh: list[Change] = []
 
-    # --- writing ------------------------------------------------------------------------------------------------------
+    # --- writing -----------------------------------------------------------------------------------------------------
 
     def apply(self, client_id: bytes, sequence: int, command: AnyCommand) -> Result:
         """Carries out a command once, and says what became of it.
@@ -138,7 +138,7 @@ class GcsState:
                 self.sessions.forget([driver])
         return Result(Code.OK, "", self.revision, value)
 
-    # --- the change feed ----------------------------------------------------------------------------------------------
+    # --- the change feed ---------------------------------------------------------------------------------------------
 
     def take_changes(self) -> list[Change]:
         """The changes since the last call, in order."""
@@ -180,7 +180,7 @@ class GcsState:
             self._ring_bytes -= _weight(dropped)
             self._ring_floor = dropped.revision
 
-    # --- reading ------------------------------------------------------------------------------------------------------
+    # --- reading -----------------------------------------------------------------------------------------------------
 
     def actor(self, actor_id: bytes) -> ActorRecord | None:
         return self.store.actors.get(actor_id)
@@ -202,7 +202,7 @@ class GcsState:
         rows: dict[bytes, KvRecord] = self.store.kv
         return sorted(record.key for key, record in rows.items() if key.startswith(start))
 
-    # --- snapshots and checks -----------------------------------------------------------------------------------------
+    # --- snapshots and checks ----------------------------------------------------------------------------------------
 
     def snapshot(self) -> bytes:
         """The whole state with checksum, version and cluster id. Equal states give equal bytes."""

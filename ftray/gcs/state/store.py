@@ -65,7 +65,7 @@ class Store:
         self._index: dict[IndexKey, set[bytes]] = {}
         self._undo: list[tuple[Table, bytes, Record | None, Record | None]] = []
 
-    # --- writing ------------------------------------------------------------------------------------------------------
+    # --- writing -----------------------------------------------------------------------------------------------------
 
     def put(self, record: Record) -> None:
         """Adds or replaces a record."""
@@ -138,7 +138,7 @@ class Store:
         table, key = _place(record)
         self._write(table, key, record)
 
-    # --- reading ------------------------------------------------------------------------------------------------------
+    # --- reading -----------------------------------------------------------------------------------------------------
 
     def rows(self, table: Table) -> dict[bytes, Record]:
         """A whole table, to read."""

@@ -51,6 +51,8 @@ class Code(enum.StrEnum):
     """Not possible in the present state."""
     NOT_LEADER = "not_leader"
     """Given by replicas, not by the state: ask the leader."""
+    UNAVAILABLE = "unavailable"
+    """Given by replicas: the command could not be made durable and was not carried out. It may be repeated as it is."""
     INTERNAL = "internal"
     """A fault of ftray: please report it. The state is as it was before."""
 
@@ -175,13 +177,6 @@ class WorkerFailureRecord(msgspec.Struct, array_like=True, frozen=True, tag=5):
 
 Record: TypeAlias = NodeRecord | JobRecord | ActorRecord | KvRecord | WorkerFailureRecord
 
-encode_record = msgspec.msgpack.Encoder().encode
-"""Record -> bytes, for answers to reads. Lists of records or changes too."""
-
-decode_record = msgspec.msgpack.Decoder(Record).decode
-decode_records = msgspec.msgpack.Decoder(list[Record]).decode
-"""Raise msgspec.DecodeError or msgspec.ValidationError."""
-
 
 class Change(msgspec.Struct, array_like=True, frozen=True):
     """A record came to be as it is (or, None, went) at `revision`. One command's changes share a revision."""
@@ -190,10 +185,6 @@ class Change(msgspec.Struct, array_like=True, frozen=True):
     table: Table
     key: bytes
     record: Record | None
-
-
-decode_changes = msgspec.msgpack.Decoder(list[Change]).decode
-"""The inverse of `encode_record` for a list of changes."""
 
 
 class Result(msgspec.Struct, array_like=True, frozen=True):

@@ -1,0 +1,1 @@
+"""The public interface: what `import ftray` hands out, room by room."""

@@ -1,0 +1,142 @@
+"""Where am I, and what is there: the runtime context, nodes and resources.
+
+Role: shell around the core's context and the raylet's answers.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from ftray.exceptions import FtrayError
+from ftray.wire.handshake import ROLE_TOOL
+from ftray.wire.messages import Message, ToolQuery, ToolReply
+from ftray.wire.reactor import Link
+from ftray.worker.core import Core, get_core
+from ftray.worker.objects import Answer
+from ftray.worker.waiting import block
+
+
+class RuntimeContext:
+    """What is known of the program, task or actor that asks."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        self._context = core.context()
+
+    def get_job_id(self) -> str:
+        return self._core.job_id.hex()
+
+    def get_node_id(self) -> str:
+        return self._core.node_id.hex()
+
+    def get_worker_id(self) -> str:
+        return self._core.worker_id.hex()
+
+    def get_task_id(self) -> str | None:
+        """The id of the running task or actor call; None in a driver."""
+        return self._context.task_id.hex() or None
+
+    def get_task_name(self) -> str | None:
+        return self._context.function_name or None
+
+    def get_actor_id(self) -> str | None:
+        executor = self._core.executor
+        return executor.actor_id.hex() if executor is not None and executor.actor_id else None
+
+    def get_attempt_number(self) -> int:
+        """0 for the first run of the task, counted up with each retry."""
+        return self._context.attempt
+
+    @property
+    def was_current_actor_reconstructed(self) -> bool:
+        """Whether this actor was restarted after a death."""
+        executor = self._core.executor
+        return executor is not None and bool(executor.actor_id) and executor.incarnation > 0
+
+    @property
+    def namespace(self) -> str:
+        return self._core.namespace
+
+    @property
+    def gcs_address(self) -> str:
+        return ",".join(self._core.gcs.client.endpoints)
+
+    def get_assigned_resources(self) -> dict[str, float]:
+        """Not tracked in workers yet: the node's totals are in `ftray.nodes()`."""
+        raise NotImplementedError("assigned resources are not available in this version of ftray")
+
+
+def get_runtime_context() -> RuntimeContext:
+    """The context of the caller. Raises NotInitializedError."""
+    return RuntimeContext(get_core())
+
+
+class _ToolLink:
+    def __init__(self, answer: Answer) -> None:
+        self.answer = answer
+
+    def on_message(self, link: Link, message: Message, payload: bytes | bytearray) -> None:
+        if isinstance(message, ToolReply):
+            self.answer.give(message, bytes(payload))
+            link.close("answered")
+
+    def on_closed(self, link: Link, reason: str) -> None:
+        self.answer.fail(FtrayError(f"the raylet did not answer: {reason}"))
+
+
+def ask_raylet(what: str, **arguments: Any) -> Any:
+    """Asks this node's raylet a question of the command-line tools; returns the decoded answer. Raises FtrayError."""
+    core = get_core()
+    answer = Answer()
+    with core.lock:
+        link = core.reactor.connect(core.raylet_endpoint, ROLE_TOOL, _ToolLink(answer))
+        link.send(ToolQuery(1, what, arguments))
+        core.settle()
+    block(core.reactor, answer.waiter, 10.0)
+    if answer.error is not None:
+        raise answer.error
+    if answer.message is None:
+        raise FtrayError("the raylet did not answer within 10 s")
+    if answer.message.error:
+        raise FtrayError(answer.message.error)
+    return json.loads(answer.payload)
+
+
+def nodes() -> list[dict[str, Any]]:
+    """The nodes of the cluster, dead ones included, with ids, addresses, resources and labels."""
+    core = get_core()
+    answer = Answer()
+    with core.lock:
+        core.gcs.nodes(answer.give)
+        core.settle()
+    block(core.reactor, answer.waiter, None)
+    return [
+        {
+            "NodeID": record.node_id.hex(),
+            "Alive": record.state == 1,
+            "NodeManagerHostname": record.hostname,
+            "NodeManagerAddress": record.endpoint,
+            "Resources": dict(record.resources),
+            "Labels": dict(record.labels),
+            "Pid": record.pid,
+        }
+        for record in answer.message or ()
+    ]
+
+
+def cluster_resources() -> dict[str, float]:
+    """The total resources of all live nodes."""
+    total: dict[str, float] = {}
+    for node in nodes():
+        if node["Alive"]:
+            for name, amount in node["Resources"].items():
+                total[name] = total.get(name, 0.0) + amount
+    return total
+
+
+def available_resources() -> dict[str, float]:
+    """What is not in use on this node at the moment."""
+    status = ask_raylet("status")
+    available: dict[str, float] = status["resources"]["available"]
+    return available

@@ -1,0 +1,198 @@
+"""`ftray start`: a head node, or a node that joins.
+
+Role: shell. Turns options into the node's spec, checks beforehand what can be checked (so that the error is a good one),
+starts the node, and says how to use and stop it.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import click
+
+from ftray.cli.options import Amount, ByteSize, JsonObject, addresses, json_option, session_root_option
+from ftray.cli.output import FAILED, Failure, finish, report
+from ftray.raylet.session import default_root, find_sessions
+
+DEFAULT_PORT = 6380
+
+
+@click.command("start")
+@click.option("--head", is_flag=True, help="Start a new cluster, with this node as its head.")
+@click.option("--address", metavar="HOST:PORT[,..]", help="Join the cluster whose head (or heads) listen there.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    help=f"Port of the head; 0 takes any free one.  [default: {DEFAULT_PORT}]",
+)
+@click.option(
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address this node listens on. The default is reachable from this machine alone; 0.0.0.0 from everywhere.",
+)
+@click.option("--num-cpus", type=Amount(), help="CPUs to offer.  [default: all of this machine]")
+@click.option("--num-gpus", type=Amount(), help="GPUs to offer.  [default: those found]")
+@click.option("--memory", type=ByteSize(), help="Memory to offer to tasks that ask for some, such as 8GB.")
+@click.option("--resources", type=JsonObject(numbers=True), metavar="JSON", help="More resources: '{\"disk\": 2}'.")
+@click.option("--labels", type=JsonObject(numbers=False), metavar="JSON", help="Labels of the node: '{\"zone\": \"b\"}'.")
+@click.option("--object-store-memory", type=ByteSize(), help="Size of the object store, such as 2GB or 512MiB.")
+@click.option("--block", is_flag=True, help="Stay in the foreground; Ctrl-C stops the node.")
+@session_root_option
+@json_option
+def command(**options: Any) -> None:
+    """Start a node on this machine: the head of a new cluster, or one that joins a cluster.
+
+    Returns when the node is ready, and leaves it running in the background until `ftray stop`. A cluster is guarded by
+    a token. The head makes one, unless FTRAY_TOKEN is set, and writes it to a file that is yours alone; every other
+    machine gets it in FTRAY_TOKEN. On the head's own machine it is found without.
+
+    \b
+    Examples:
+      ftray start --head                                   # on this machine, for this machine
+      ftray start --head --host 0.0.0.0 --num-cpus 8       # for other machines to join
+      FTRAY_TOKEN=... ftray start --address 10.0.0.5:6380  # on another machine
+      ftray start --head --port 0 --json                   # for scripts
+
+    \b
+    Exit codes:
+      0  the node is ready (with --block: it was stopped)
+      1  it did not start; the message says why and what to do
+      2  the command line is wrong
+      3  no head answers at --address
+    """
+    spec = _spec(options)
+    as_json = options["as_json"]
+    if options["block"]:
+        _block(spec, as_json)
+    finish(as_json, lambda: _start(spec)[1], lambda answer: _show(answer, blocking=False))
+
+
+def _spec(options: dict[str, Any]) -> dict[str, Any]:
+    head, address = options["head"], options["address"]
+    if head == bool(address):
+        raise click.UsageError(
+            "say either --head (a new cluster) or --address HOST:PORT (join one)"
+            + (", not both" if head else "")
+        )
+    if not head and options["port"] is not None:
+        raise click.UsageError("--port is the head's: a node that joins takes any free one")
+    if address:
+        try:
+            address = ",".join(addresses(address))
+        except ValueError as error:
+            raise click.BadParameter(str(error), param_hint="--address") from None
+    return {
+        "head": head,
+        "address": address or "",
+        "host": options["host"],
+        "port": (DEFAULT_PORT if options["port"] is None else options["port"]) if head else 0,
+        "num_cpus": options["num_cpus"],
+        "num_gpus": options["num_gpus"],
+        "memory": options["memory"],
+        "resources": options["resources"] or {},
+        "labels": options["labels"] or {},
+        "object_store_bytes": options["object_store_memory"],
+        "session_root": os.path.abspath(options["session_root"] or default_root()),
+        "lifeline": bool(options["block"]),
+    }
+
+
+def _start(spec: dict[str, Any]) -> tuple[subprocess.Popen[bytes], dict[str, Any]]:
+    from ftray.cli import launch
+
+    if spec["head"]:
+        if spec["port"]:
+            launch.check_port_free(spec["host"], spec["port"])
+    else:
+        spec["token"] = _token_for(spec).hex()
+        launch.check_heads(spec["address"].split(","), bytes.fromhex(spec["token"]))
+        spec["address"] = spec["address"].replace("tcp:", "")
+    process, ready = launch.spawn(spec)
+    process.returncode = process.returncode or 0 if not spec["lifeline"] else None  # it is not waited for
+    heads = [endpoint.removeprefix("tcp:") for endpoint in ready["gcs_endpoints"] if endpoint.startswith("tcp:")]
+    answer = {
+        "head": spec["head"],
+        "node_id": ready["node_id"],
+        "pid": ready["pid"],
+        "cluster_id": ready["cluster_id"],
+        "address": ",".join(heads),
+        "session_dir": ready["session_dir"],
+        "session_root": spec["session_root"],
+        "token_file": os.path.join(ready["session_dir"], "token"),
+        "raylet_endpoint": ready["raylet_endpoint"],
+        "gcs_endpoints": ready["gcs_endpoints"],
+    }
+    return process, answer
+
+
+def _token_for(spec: dict[str, Any]) -> bytes:
+    """The token of the cluster to join: FTRAY_TOKEN, or that of a node of it that runs here."""
+    text = os.environ.get("FTRAY_TOKEN", "").strip()
+    if not text:
+        wanted = set(spec["address"].split(","))
+        for session in find_sessions(spec["session_root"]):
+            if wanted & set(session.get("gcs_endpoints", ())):
+                text = session["token"]
+                break
+        else:
+            from ftray.cli.launch import TOKEN_REMEDY
+
+            raise Failure("joining a cluster needs its token, and no node of it runs on this machine", TOKEN_REMEDY)
+    try:
+        return bytes.fromhex(text)
+    except ValueError:
+        raise Failure("FTRAY_TOKEN is not a token: it must be the hexadecimal text of a token file") from None
+
+
+def _show(answer: dict[str, Any], blocking: bool) -> None:
+    kind = "head node of a new cluster" if answer["head"] else "node"
+    click.secho(f"The {kind} is ready: {answer['node_id'][:12]}, process {answer['pid']}.", bold=True)
+    lines = [("Use it from Python", 'ftray.init(address="auto")')]
+    if answer["address"]:
+        lines.append(("Join another node", f"FTRAY_TOKEN=$(cat TOKEN_FILE) ftray start --address {answer['address']}"))
+    from ftray.raylet.session import default_root
+
+    root = answer["session_root"]
+    lines += [
+        ("The token file", f"{answer['token_file']} (copy it to machines that join, by a safe way)"),
+        ("Look at it", "ftray status" + _root_option(root)),
+        ("Logs", os.path.join(answer["session_dir"], "logs")),
+        ("Stop it", "Ctrl-C" if blocking else "ftray stop" + _root_option(root)),
+    ]
+    if root != default_root():
+        lines[0] = ("Use it from Python", f'FTRAY_SESSION_ROOT={root} and ftray.init(address="auto")')
+    for what, how in lines:
+        click.echo(f"  {what + ':':<20} {how}")
+
+
+def _root_option(root: str) -> str:
+    return "" if root == default_root() else f" --session-root {root}"
+
+
+def _block(spec: dict[str, Any], as_json: bool) -> None:
+    """Stays until the node ends, or the user ends it."""
+    import json
+
+    try:
+        process, answer = _start(spec)
+    except Failure as failure:
+        report(as_json, failure)
+        sys.exit(failure.exit_code)
+    if as_json:
+        click.echo(json.dumps({"ok": True, **answer}))
+    else:
+        _show(answer, blocking=True)
+    assert process.stdin is not None
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:
+        process.stdin.close()  # the lifeline
+        code = process.wait()
+    if code:
+        how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
+        click.secho(f"Error: the node ended {how}; see {answer['session_dir']}/logs/raylet.log", err=True, fg="red")
+    sys.exit(FAILED if code else 0)

@@ -1,0 +1,246 @@
+"""The actors that this node hosts: started and stopped as the GCS says, reported as they become ready and die.
+
+Role: shell, under the reactor's lock.
+
+    StartActor ──► QUEUED ──granted──► WAITING ──served──► CREATING ──ready──► ALIVE
+                     │ resources        │ a worker           │ constructor       │
+                     └───────── stop, or the worker's death, in any state ───────┴──► reported (ActorDied), forgotten
+
+Rules: everything is told apart by actor and incarnation, so what the GCS repeats does no harm; what is said of an earlier
+incarnation is answered `ActorDied` (nothing runs of it). Resources are free as soon as the worker is gone; the report waits
+up to `CAUSE_WAIT_MS` for the exit status. A worker that has been an actor is never used again.
+
+Rejected: asking an actor's worker whether it is still well (its link tells).
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+from collections.abc import Hashable
+from typing import TYPE_CHECKING, Any
+
+from ftray.gcs.state.commands import ActorAlive, ActorDied, ActorUnplaced, DeathCauseRecord
+from ftray.gcs.state.tables import Result
+from ftray.ids import short
+from ftray.raylet.clients import Client
+from ftray.raylet.deaths import with_what
+from ftray.raylet.pool import Worker
+from ftray.scheduling.leases import DemandError
+from ftray.wire.messages import ActorReady, CreateActor, ExitWorker, StartActor, StopActor
+
+if TYPE_CHECKING:
+    from ftray.raylet.raylet import Raylet
+
+log = logging.getLogger("ftray.raylet")
+
+CAUSE_WAIT_MS = 20
+"""An actor's death is reported without its exit status after this time."""
+GONE_WAIT_MS = 2_000
+"""The same for an actor that was to be stopped, where the GCS waits for certainty, not for speed."""
+
+
+class Stage(enum.IntEnum):
+    QUEUED = 1
+    WAITING = 2
+    CREATING = 3
+    ALIVE = 4
+
+
+class Hosted:
+    """One life of an actor on this node."""
+
+    __slots__ = (
+        "actor_id", "class_name", "creation", "incarnation", "job_id", "lease_id", "owner", "stage", "stopping", "token",
+        "worker_id",
+    )  # fmt: skip
+
+    def __init__(self, message: StartActor, creation: bytes) -> None:
+        self.actor_id = message.actor_id
+        self.incarnation = message.incarnation
+        self.job_id = message.job_id
+        self.class_name = message.class_name
+        self.owner = message.owner
+        self.creation = creation
+        self.token = (message.actor_id, message.incarnation)
+        self.stage = Stage.QUEUED
+        self.lease_id = 0
+        self.worker_id = b""
+        self.stopping = ""
+        """Why it is being stopped, if it is."""
+
+
+class Actors:
+    """See the module."""
+
+    def __init__(self, raylet: Raylet) -> None:
+        self.raylet = raylet
+        self.hosted: dict[tuple[bytes, int], Hosted] = {}
+        self._in_worker: dict[bytes, Hosted] = {}
+
+    def in_worker(self, worker_id: bytes) -> Hosted | None:
+        """The actor that this worker is or is becoming."""
+        return self._in_worker.get(worker_id)
+
+    # --- from the GCS ------------------------------------------------------------------------------------------------
+
+    def start(self, message: StartActor, creation: bytes) -> None:
+        """The GCS has placed an actor here."""
+        token = (message.actor_id, message.incarnation)
+        known = self.hosted.get(token)
+        if known is not None:
+            if known.stage is Stage.ALIVE:
+                self._report_alive(known)  # the GCS asks again because it has not heard
+            return
+        for other in [each for each in self.hosted.values() if each.actor_id == message.actor_id]:
+            if other.incarnation > message.incarnation:
+                return  # an old request that was under way for long
+            self._kill(other, "a later life of the actor begins")
+        scheduler = self.raylet.leases.scheduler
+        actor = Hosted(message, creation)
+        try:
+            scheduler.allocate_dedicated(token, message.resources, self.raylet.reactor.now_ms())
+        except DemandError as error:
+            self._unplaced(actor, str(error))
+            return
+        self.hosted[token] = actor
+        self.raylet.leases.settle_soon()
+
+    def stop(self, message: StopActor) -> None:
+        """The GCS wants this incarnation gone; it is told when it is, also if it never was here."""
+        actor = self.hosted.get((message.actor_id, message.incarnation))
+        if actor is None:
+            cause = DeathCauseRecord(self.raylet.node_id.hex(), reason=message.reason)
+            self._report_died(message.actor_id, message.incarnation, cause)
+            return
+        client = self.raylet.clients.by_id.get(actor.worker_id) if actor.worker_id else None
+        if actor.stage is Stage.ALIVE and message.graceful and client is not None:
+            if not actor.stopping:
+                actor.stopping = message.reason or "it is not needed any more"
+                client.link.send(ExitWorker(actor.stopping))
+            return
+        self._kill(actor, message.reason or "it was stopped")
+
+    def _kill(self, actor: Hosted, reason: str) -> None:
+        actor.stopping = reason
+        if actor.worker_id:
+            self.raylet.leases.pool.retire(actor.worker_id)
+            if self.raylet.processes.kill(actor.worker_id, reason):
+                return  # its end is reported when it has come
+        self.raylet.leases.pool.cancel(actor.token)
+        cause = DeathCauseRecord(self.raylet.node_id.hex(), what=actor.class_name, reason=reason)
+        self._report_died(actor.actor_id, actor.incarnation, cause)
+        self._forget(actor)
+
+    # --- resources, worker, constructor ------------------------------------------------------------------------------
+
+    def granted(self, token: Hashable, lease_id: int) -> None:
+        """The scheduler has taken the actor's resources."""
+        actor = self._of_token(token)
+        if actor is None:
+            self.raylet.leases.scheduler.end_lease(lease_id)
+            return
+        actor.lease_id = lease_id
+        actor.stage = Stage.WAITING
+        self.raylet.leases.pool.request(token, actor.job_id, dedicated=True)
+
+    def infeasible(self, token: Hashable, missing: str) -> None:
+        """This node can't ever hold the actor: the GCS must choose another."""
+        actor = self._of_token(token)
+        if actor is not None:
+            self._forget(actor)
+            self._unplaced(actor, missing)
+
+    def served(self, token: Hashable, worker: Worker, client: Client) -> None:
+        """A worker has been found for it."""
+        actor = self._of_token(token)
+        if actor is None:
+            self.raylet.leases.pool.release(worker.worker_id, self.raylet.reactor.now_ms())
+            return
+        actor.worker_id = worker.worker_id
+        actor.stage = Stage.CREATING
+        self._in_worker[worker.worker_id] = actor
+        self.raylet.leases.assign(worker, client, actor.lease_id)
+        client.link.send(CreateActor(actor.actor_id, actor.incarnation, actor.job_id, actor.owner), actor.creation)
+
+    def ready(self, client: Client, message: ActorReady, payload: bytes | bytearray) -> None:
+        """The constructor has returned or raised."""
+        actor = self._in_worker.get(client.worker_id)
+        if actor is None or actor.token != (message.actor_id, message.incarnation):
+            log.warning("worker %s says it is an actor that it is not", short(client.worker_id))
+            return
+        if actor.stage is not Stage.CREATING:
+            return
+        actor.creation = b""
+        if message.ok:
+            actor.stage = Stage.ALIVE
+            self._report_alive(actor)
+            return
+        cause = DeathCauseRecord(
+            self.raylet.node_id.hex(), client.pid, client.worker_id.hex(), what=actor.class_name,
+            reason=bytes(payload).decode("utf-8", "replace"),
+        )  # fmt: skip
+        self._report_died(actor.actor_id, actor.incarnation, cause, may_restart=False)
+        self.raylet.leases.pool.retire(client.worker_id)  # it leaves by itself, and its lease ends with it
+        self._forget(actor, with_lease=False)
+
+    def worker_gone(self, client: Client) -> None:
+        """The link of a worker has closed: if it was an actor, that is over."""
+        actor = self._in_worker.pop(client.worker_id, None)
+        if actor is None:
+            return
+        self._forget(actor)
+        left = client.goodbye is not None and not actor.stopping
+        wait_ms = GONE_WAIT_MS if actor.stopping else CAUSE_WAIT_MS
+
+        def known(record: DeathCauseRecord | None) -> None:
+            cause = with_what(record or DeathCauseRecord(self.raylet.node_id.hex(), client.pid), actor.class_name)
+            self._report_died(actor.actor_id, actor.incarnation, cause, may_restart=not left)
+
+        self.raylet.deaths.ask(client.worker_id, wait_ms, known)
+
+    def _of_token(self, token: Hashable) -> Hosted | None:
+        return self.hosted.get(token) if isinstance(token, tuple) else None
+
+    def _forget(self, actor: Hosted, with_lease: bool = True) -> None:
+        self.hosted.pop(actor.token, None)
+        if self._in_worker.get(actor.worker_id) is actor:
+            del self._in_worker[actor.worker_id]
+        if with_lease:
+            scheduler = self.raylet.leases.scheduler
+            lease_id = scheduler.cancel_dedicated(actor.token)
+            if lease_id is not None:
+                scheduler.end_lease(lease_id)
+        self.raylet.leases.settle_soon()
+
+    # --- to the GCS --------------------------------------------------------------------------------------------------
+
+    def _report_alive(self, actor: Hosted) -> None:
+        client = self.raylet.clients.by_id.get(actor.worker_id)
+        if client is None:
+            return  # dead already, and about to be reported so
+
+        def told(result: Result) -> None:
+            if not result.ok and actor.token in self.hosted and not self.raylet.stopping:
+                self._kill(actor, f"this life of the actor is not wanted ({result.message or result.code})")
+
+        self.raylet.gcs.command(
+            ActorAlive(
+                actor.actor_id, actor.incarnation, client.worker_id, client.endpoint, self.raylet.node_id, client.pid
+            ),
+            told,
+        )
+
+    def _report_died(
+        self, actor_id: bytes, incarnation: int, cause: DeathCauseRecord, may_restart: bool = True
+    ) -> None:
+        self.raylet.gcs.command(ActorDied(actor_id, incarnation, cause, may_restart), _ignored)
+
+    def _unplaced(self, actor: Hosted, reason: str) -> None:
+        self.raylet.gcs.command(
+            ActorUnplaced(actor.actor_id, actor.incarnation, self.raylet.node_id, reason), _ignored
+        )
+
+
+def _ignored(result: Any) -> None:
+    """Refusals mean that the GCS knows better by now."""

@@ -1,0 +1,288 @@
+"""From demand to leased workers: the scheduler decides about resources, the pool about processes, and here they meet.
+
+Role: shell, under the reactor's lock. A grant of the scheduler becomes a lease with a worker at once if one is idle, or else
+when one has registered; meanwhile its resources are taken. Whatever changes asks for `settle_soon`, and one `settle` at
+the end of the turn does everything: dispatch, match, fork, reclaim.
+
+Rejected: settling in each handler (a client that sends ten demands in one batch would cost ten dispatches).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Hashable
+from typing import TYPE_CHECKING
+
+from ftray.ids import WORKER_ID_BYTES, short
+from ftray.raylet.clients import Client
+from ftray.raylet.pool import FAILURES_MAX, State, Worker, WorkerPool
+from ftray.raylet.processes import Process
+from ftray.scheduling.leases import DedicatedInfeasible, DemandError, Grant, LeaseScheduler
+from ftray.wire.messages import (
+    ExitWorker,
+    LeaseDemand,
+    LeaseGranted,
+    LeaseInfeasible,
+    LeaseReclaim,
+    WorkerAssigned,
+)
+from ftray.wire.reactor import Timer
+
+if TYPE_CHECKING:
+    from ftray.raylet.raylet import Raylet
+
+log = logging.getLogger("ftray.raylet")
+
+UNSERVED_MAX = 64
+"""Grants that may wait for a worker at the same time: more would only fork more than the machine can start."""
+LOOK_AGAIN_MS = 50
+START_TIMEOUT_MS = 60_000.0
+IDLE_EXIT = "idle"
+"""The reason in `ExitWorker` for a worker that may stay if it owns objects."""
+
+
+class GivenLease:
+    """A lease: of whom, and in which worker (empty while none has been found)."""
+
+    __slots__ = ("class_id", "client_id", "job_id", "lease_id", "worker_id")
+
+    def __init__(self, lease_id: int, client_id: bytes, class_id: int, job_id: bytes) -> None:
+        self.lease_id = lease_id
+        self.client_id = client_id
+        self.class_id = class_id
+        self.job_id = job_id
+        self.worker_id = b""
+
+
+class Leases:
+    """See the module."""
+
+    def __init__(self, raylet: Raylet, scheduler: LeaseScheduler, pool: WorkerPool) -> None:
+        self.raylet = raylet
+        self.scheduler = scheduler
+        self.pool = pool
+        self.given: dict[int, GivenLease] = {}
+        """Leases of tasks; those of actors are in `actors.py`."""
+        self.infeasible: dict[tuple[bytes, int], str] = {}
+        """For status: what was last said to be impossible."""
+        self._settle_due = False
+        self._timer: Timer | None = None
+
+    # --- from clients ------------------------------------------------------------------------------------------------
+
+    def demand(self, client: Client, message: LeaseDemand) -> None:
+        """A client wants so many leases of a class."""
+        class_id = message.class_id
+        if message.name:
+            client.class_names[class_id] = message.name
+        try:
+            self.scheduler.set_demand(client.worker_id, class_id, message.want, message.resources, client.job_id)
+        except DemandError as error:
+            log.warning("client %s: %s", short(client.worker_id), error)
+            client.link.send(LeaseInfeasible(class_id, str(error)))
+            return
+        if not message.want:
+            self.infeasible.pop((client.worker_id, class_id), None)
+        self.settle_soon()
+
+    def returned(self, client: Client, lease_ids: tuple[int, ...]) -> None:
+        """A client needs these leases no more."""
+        for lease_id in lease_ids:
+            lease = self.given.get(lease_id)
+            if lease is None:
+                continue  # its worker died, which the owner did not know yet
+            if lease.client_id != client.worker_id:
+                log.warning("client %s returns lease %d, which is another's", short(client.worker_id), lease_id)
+                continue
+            self._end(lease)
+
+    def owner_gone(self, client: Client) -> None:
+        """The owner of leases is dead: what they run is of no use to anybody."""
+        for lease_id in self.scheduler.drop_client(client.worker_id):
+            lease = self.given.get(lease_id)
+            if lease is None:
+                continue
+            if lease.worker_id:
+                self.pool.retire(lease.worker_id)
+                self.raylet.processes.kill(lease.worker_id, "the owner of its task is gone")
+            else:
+                self._end(lease)
+        for key in [key for key in self.infeasible if key[0] == client.worker_id]:
+            del self.infeasible[key]
+        self.settle_soon()
+
+    def block(self, client: Client, blocked: bool) -> None:
+        """A worker waits in `get`, or goes on."""
+        if not client.lease_id:
+            return
+        if blocked:
+            self.scheduler.block(client.lease_id)
+        else:
+            self.scheduler.unblock(client.lease_id)
+        self.pool.block(client.worker_id, blocked)
+        self.settle_soon()
+
+    def holder_of(self, worker: Client) -> bytes:
+        """The client that has leased this worker, or b''."""
+        lease = self.given.get(worker.lease_id)
+        return lease.client_id if lease is not None else b""
+
+    def task_name(self, worker: Client) -> str:
+        """What a worker runs, as far as its lease tells."""
+        lease = self.given.get(worker.lease_id)
+        owner = self.raylet.clients.by_id.get(lease.client_id) if lease is not None else None
+        return owner.class_names.get(lease.class_id, "") if owner is not None and lease is not None else ""
+
+    # --- workers -----------------------------------------------------------------------------------------------------
+
+    def worker_ready(self, client: Client) -> bool:
+        """A worker has registered. False if it is none that was expected."""
+        if not self.pool.registered(client.worker_id, self._now()):
+            return False
+        self.settle_soon()
+        return True
+
+    def worker_gone(self, worker_id: bytes, client: Client | None) -> bool:
+        """A worker is dead: its lease is free at once. True if it is time to say that workers can't start."""
+        failing = self.pool.gone(worker_id, self._now())
+        if client is not None and client.lease_id:
+            self.given.pop(client.lease_id, None)
+            self.scheduler.end_lease(client.lease_id)
+            client.lease_id = 0
+        self.settle_soon()
+        return failing
+
+    def start_failed(self, process: Process | None, error: str) -> None:
+        """Worker after worker dies before it registers: drivers are told, who would wait for ever without a word."""
+        text = f"workers do not start: {FAILURES_MAX} in a row ended before they had registered ({error})"
+        log.error("%s", text)
+        self.raylet.logs.tell_all(text)
+        for line in process.stderr_tail() if process is not None else ():
+            self.raylet.logs.tell_all(f"    {line}")
+
+    def assign(self, worker: Worker, client: Client, lease_id: int) -> None:
+        """Gives the worker to its job, if it is its first, and to a lease."""
+        client.lease_id = lease_id
+        client.running = ""
+        if client.job_id == worker.job_id:
+            return
+        client.job_id = worker.job_id
+        job = self.raylet.clients.jobs.get(worker.job_id)
+        process = self.raylet.processes.by_id.get(worker.worker_id)
+        if process is not None and process.logs is not None:
+            process.logs.job_id = worker.job_id
+        if job is not None:
+            client.link.send(WorkerAssigned(job.job_id, job.sys_path, job.cwd, job.namespace))
+        else:
+            client.link.send(WorkerAssigned(worker.job_id))
+
+    def kill_idle_of(self, job_id: bytes) -> None:
+        """The job is over: its idle workers end. Busy ones end with the owners of what they run."""
+        for worker in list(self.pool.workers.values()):
+            if worker.job_id == job_id and worker.state in (State.IDLE, State.LEAVING):
+                self.pool.retire(worker.worker_id)
+                self.raylet.processes.kill(worker.worker_id, "its job is over")
+        self.settle_soon()
+
+    # --- settling ----------------------------------------------------------------------------------------------------
+
+    def settle_soon(self) -> None:
+        """Once in this turn, when all that arrived has been handled."""
+        if not self._settle_due:
+            self._settle_due = True
+            self.raylet.reactor.call_later(0, self._settle)
+
+    def _now(self) -> float:
+        return self.raylet.reactor.now_ms()
+
+    def _settle(self) -> None:
+        self._settle_due = False
+        raylet = self.raylet
+        if raylet.stopping:
+            return
+        now_ms = self._now()
+        pool, scheduler = self.pool, self.scheduler
+        for grant in scheduler.dispatch(now_ms, UNSERVED_MAX - pool.requests):
+            if isinstance(grant, Grant):
+                lease = GivenLease(grant.lease_id, grant.client, grant.class_id, grant.job_id)
+                self.given[grant.lease_id] = lease
+                pool.request(grant.lease_id, grant.job_id)
+            else:
+                raylet.actors.granted(grant.token, grant.lease_id)
+        for token, worker in pool.match():
+            self._serve(token, worker)
+        self._fork(now_ms)
+        for found in scheduler.infeasible():
+            if isinstance(found, DedicatedInfeasible):
+                raylet.actors.infeasible(found.token, found.missing)
+                continue
+            self.infeasible[found.client, found.class_id] = found.missing
+            link = raylet.clients.link_of(found.client)
+            if link is not None:
+                link.send(LeaseInfeasible(found.class_id, found.missing))
+        if scheduler.waiting:
+            for reclaim in scheduler.reclaims(now_ms):
+                link = raylet.clients.link_of(reclaim.client)
+                if link is not None:
+                    link.send(LeaseReclaim(reclaim.lease_id or 0))
+        self._look_again(now_ms)
+
+    def _look_again(self, now_ms: float) -> None:
+        retry_ms = self.pool.retry_in_ms(now_ms)
+        if (self.scheduler.waiting or retry_ms is not None) and self._timer is None:
+            delay_ms = LOOK_AGAIN_MS if self.scheduler.waiting or retry_ms is None else retry_ms
+            self._timer = self.raylet.reactor.call_later(delay_ms, self._again)
+
+    def _again(self) -> None:
+        self._timer = None
+        self.settle_soon()
+
+    def _serve(self, token: Hashable, worker: Worker) -> None:
+        client = self.raylet.clients.by_id.get(worker.worker_id)
+        if not isinstance(token, int):
+            assert client is not None
+            self.raylet.actors.served(token, worker, client)
+            return
+        lease = self.given[token]
+        owner = self.raylet.clients.by_id.get(lease.client_id)
+        assert client is not None and owner is not None  # both leave the pool and the table when their links close
+        lease.worker_id = worker.worker_id
+        self.assign(worker, client, lease.lease_id)
+        owner.link.send(
+            LeaseGranted(
+                lease.class_id, lease.lease_id, client.worker_id, client.endpoint, self.raylet.node_id, client.pid
+            )
+        )
+
+    def _fork(self, now_ms: float) -> None:
+        for _ in range(self.pool.forks(now_ms)):
+            worker_id = os.urandom(WORKER_ID_BYTES)
+            self.pool.started(worker_id, now_ms)
+            if not self.raylet.processes.fork(worker_id):
+                self.pool.gone(worker_id, now_ms)
+                return
+
+    def _end(self, lease: GivenLease) -> None:
+        del self.given[lease.lease_id]
+        self.scheduler.end_lease(lease.lease_id)
+        if lease.worker_id:
+            worker = self.raylet.clients.by_id.get(lease.worker_id)
+            if worker is not None:
+                worker.lease_id = 0
+                worker.running = ""
+            self.pool.release(lease.worker_id, self._now())
+        else:
+            self.pool.cancel(lease.lease_id)
+        self.settle_soon()
+
+    # --- housekeeping ------------------------------------------------------------------------------------------------
+
+    def tidy(self, now_ms: float) -> None:
+        """Now and then: asks workers that idle for long to leave, kills those that do not get ready."""
+        for worker_id in self.pool.expire(now_ms):
+            link = self.raylet.clients.link_of(worker_id)
+            if link is not None:
+                link.send(ExitWorker(IDLE_EXIT))
+        for worker_id in self.pool.late(now_ms, START_TIMEOUT_MS):
+            self.raylet.processes.kill(worker_id, f"it did not register within {START_TIMEOUT_MS / 1000:.0f} s")

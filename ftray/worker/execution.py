@@ -1,0 +1,568 @@
+"""Running what is pushed: the main thread of a worker.
+
+Role: shell. The main thread owns the reactor of incoming task channels: it receives, runs, replies. Arrivals go to
+`pending`; replies are written when nothing is pending, when 64 KB have gathered, or after a millisecond of work, and a
+tick of the background loop writes those that a long task would hold up.
+
+Rules:
+- `exec_reactor.lock` is taken after the core's lock, never before it.
+- A task whose arguments may hold references is bracketed by `begin_task` and `end_task` (`ownership/references.py`);
+  its reply waits until what it kept has been registered.
+- While the main thread is blocked in `get`, what is queued behind it is handed back to its owners, and so is what
+  still arrives: pipelining never makes a task wait for one that waits for it.
+
+Rejected: a thread for each task (a handover for each); the loop receiving for the main thread (two).
+"""
+
+from __future__ import annotations
+
+import atexit
+import inspect
+import logging
+import os
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from ftray.exceptions import ActorExit, FtrayError
+from ftray.ids import return_id
+from ftray.wire.messages import (
+    ERROR,
+    IN_STORE,
+    INLINE,
+    ActorCreation,
+    ActorReady,
+    CreateActor,
+    ExitWorker,
+    Message,
+    PeerHello,
+    PushActorTask,
+    PushTask,
+    Ref,
+    TaskDone,
+    TaskFailed,
+    TaskReturns,
+    TasksReturned,
+    Unregister,
+    Value,
+    WorkerAssigned,
+    WorkerBlocked,
+    WorkerUnblocked,
+)
+from ftray.wire.reactor import Link, Reactor
+from ftray.worker.core import Core, TaskContext, current_task, task_context
+from ftray.worker.failures import load_task_error, remote_traceback, task_error_payload
+from ftray.worker.objects import Answer
+from ftray.worker.serialization import deserialize, deserialize_args, loading_refs, serialize
+from ftray.worker.submit import FUNCTIONS
+from ftray.worker.waiting import block
+
+if TYPE_CHECKING:
+    from ftray.worker.actor_modes import ActorMode
+
+log = logging.getLogger("ftray.worker")
+
+FLUSH_BYTES = 65536
+FLUSH_AFTER_S = 0.001
+TICK_MS = 5
+
+
+class ChannelGreeting:
+    """Handles a new incoming task channel until its owner has said who it is; then the main thread has it."""
+
+    def __init__(self, executor: Executor) -> None:
+        self.executor = executor
+
+    def on_message(self, link: Link, message: Message, payload: bytes | bytearray) -> None:
+        if not isinstance(message, PeerHello):
+            link.reactor.drop(link, "a task channel must begin with a greeting")
+            return
+        link.peer = message
+        link.reactor.detach(link)
+        self.executor.reactor.attach(link, self.executor)
+        self.executor.wake()
+
+    def on_closed(self, link: Link, reason: str) -> None:
+        pass
+
+
+class Executor:
+    """See the module."""
+
+    def __init__(self, core: Core) -> None:
+        self.core = core
+        self.reactor = Reactor(core.config, core.token, core.cluster_id, None, "tasks")
+        self.pending: deque[tuple[Link | None, Any, Any]] = deque()
+        self.functions: dict[bytes, Any] = {}
+        self.assigned = Answer()
+        self.actor: ActorMode | None = None
+        self.actor_id = b""
+        self.incarnation = 0
+        self.deferred: dict[Any, tuple[Link, Message, Any]] = {}
+        self.dead_callers: deque[bytes] = deque()
+        self.ticking = False
+        self.ran = 0
+        self.ran_at_tick = -1
+        self.blocked_threads = 0
+        self.forked = False
+        self.exiting = ""
+        self.running: PushTask | PushActorTask | None = None
+        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.reactor.watch(self._wake_fd, self._woken)
+        self.greeting = ChannelGreeting(self)
+
+    # --- waking the main thread --------------------------------------------------------------------------------------
+
+    def wake(self) -> None:
+        os.eventfd_write(self._wake_fd, 1)
+
+    def _woken(self) -> None:
+        try:
+            os.eventfd_read(self._wake_fd)
+        except BlockingIOError:
+            pass
+
+    def from_raylet(self, message: Message, payload: bytes) -> None:
+        """From the loop, under the core's lock."""
+        core = self.core
+        if isinstance(message, WorkerAssigned):
+            core.job_id = message.job_id
+            core.namespace = message.namespace
+            for path in reversed(message.sys_path):
+                if path not in sys.path:
+                    sys.path.insert(0, path)
+            if message.cwd:
+                try:
+                    os.chdir(message.cwd)
+                except OSError as error:
+                    log.warning("cannot enter the driver's directory %s: %s", message.cwd, error)
+            if self.assigned.message is None:
+                self.assigned.give(message)
+        else:
+            self.pending.append((None, message, payload))
+            self.wake()
+
+    # --- the task channels -------------------------------------------------------------------------------------------
+
+    def on_message(self, link: Link, message: Message, payload: bytes | bytearray) -> None:
+        """A push. Also called by the loop while it drains the channels for a blocked or busy main thread."""
+        if isinstance(message, PushTask | PushActorTask):
+            self.pending.append((link, message, payload))
+        else:
+            self.reactor.drop(link, f"unexpected {type(message).__name__} on a task channel")
+
+    def on_closed(self, link: Link, reason: str) -> None:
+        if link.peer is not None:
+            self.dead_callers.append(link.peer.worker_id)
+
+    def _next(self) -> tuple[Link | None, Any, Any] | None:
+        with self.reactor.lock:
+            return self.pending.popleft() if self.pending else None
+
+    def run(self) -> None:
+        """The main thread's life. Returns when the worker is to exit; replies are flushed."""
+        reactor = self.reactor
+        last_flush = 0.0
+        while not self.exiting:
+            item = self._next()
+            if item is None:
+                if self.actor is not None and self.actor.takes_over:
+                    self.actor.serve(self)
+                    continue
+                with reactor.lock:
+                    reactor.flush_dirty()
+                if self.dead_callers:
+                    self._bury_callers()
+                reactor.poll(-1)
+                last_flush = 0.0
+                continue
+            link, message, payload = item
+            if link is None:
+                self._control(message, payload)
+                continue
+            if self.actor is not None:
+                self.actor.dispatch(self, link, message, payload)
+            else:
+                self.execute(link, message, payload)
+            now = time.perf_counter()
+            if last_flush == 0.0:
+                last_flush = now
+            if not self.pending or now - last_flush > FLUSH_AFTER_S or len(link.out) > FLUSH_BYTES:
+                with reactor.lock:
+                    reactor.flush_dirty()
+                last_flush = now
+        with reactor.lock:
+            reactor.flush_dirty()
+
+    def _bury_callers(self) -> None:
+        core = self.core
+        with core.lock:
+            while self.dead_callers:
+                core.table.process_died(self.dead_callers.popleft())
+            core.settle()
+
+    def _control(self, message: Message, payload: bytes) -> None:
+        if isinstance(message, CreateActor):
+            self.create_actor(message, payload)
+        elif isinstance(message, ExitWorker):
+            if self.actor is not None:
+                self.actor.finish(self)
+            self.exiting = message.reason or "asked to exit"
+
+    def arm_tick(self) -> None:
+        """A reply waits to be written while a task runs: the loop sees to it in a moment."""
+        self.ticking = True
+        core = self.core
+        with core.lock:
+            core.reactor.call_later(TICK_MS, self._tick)
+
+    def _tick(self) -> None:
+        with self.reactor.lock:
+            self.reactor.flush_dirty()
+        if self.ran != self.ran_at_tick:
+            self.ran_at_tick = self.ran
+            self.core.reactor.call_later(TICK_MS, self._tick)
+        else:
+            self.ticking = False
+
+    # --- functions ---------------------------------------------------------------------------------------------------
+
+    def function(self, function_id: bytes) -> Any:
+        """An exported function or class; fetched once. Raises what unpickling raises."""
+        function = self.functions.get(function_id)
+        if function is None:
+            core = self.core
+            answer = Answer()
+            with core.lock:
+                core.gcs.read_kv(FUNCTIONS, function_id, answer.give, wait=True)
+                core.reactor.flush_dirty()
+            block(core.reactor, answer.waiter, None)
+            if answer.message is None:
+                raise FtrayError("the function could not be fetched: no GCS answers")
+            with loading_refs(core.peers.ref_loader(None)):
+                function = deserialize(answer.message)
+            self.functions[function_id] = function
+        return function
+
+    # --- one task ----------------------------------------------------------------------------------------------------
+
+    def execute(self, link: Link, message: PushTask, payload: Any) -> None:
+        """Runs a function and queues its reply."""
+        core = self.core
+        if self.assigned.message is None:
+            block(core.reactor, self.assigned.waiter, None)
+        if link.dirty and not self.ticking:
+            self.arm_tick()
+        self.ran += 1
+        self.running = message
+        started = time.perf_counter()
+        task_id = message.task_id
+        context = task_context(task_id, message.attempt, "")
+        variable = current_task.set(context)
+        held = False
+        args: Any = None
+        kwargs: Any = None
+        result: Any = None
+        try:
+            function = self.functions.get(message.function_id)
+            if function is None:
+                function = self.function(message.function_id)
+            context.function_name = function.__name__
+            if message.deps or (message.args_bytes and b"ftray" in payload):
+                held = True
+                with core.lock:
+                    core.table.begin_task((task_id, message.attempt))
+                args, kwargs = self.arguments(message, payload)
+                result = function(*args, **kwargs)
+                args = kwargs = None
+            elif message.args_bytes:
+                args, kwargs = deserialize_args(payload)
+                result = function(*args, **kwargs)
+                args = kwargs = None
+            else:
+                result = function()
+            if self.forked:
+                os._exit(0)
+            self.succeed(link, message, result, started, held)
+            result = None
+        except BaseException as error:
+            args = kwargs = result = None
+            self.fail(link, message, error, started, held, context.function_name)
+        finally:
+            current_task.reset(variable)
+            self.running = None
+
+    def arguments(self, message: PushTask | PushActorTask, payload: Any) -> tuple[list[Any], dict[str, Any]]:
+        """The arguments of a task with references: loaded, and top-level ones replaced by their values."""
+        core = self.core
+        token = (message.task_id, message.attempt)
+        offset = message.args_bytes
+        with loading_refs(core.peers.task_ref_loader(token)):
+            args, kwargs = deserialize_args(payload[:offset])
+        stored: list[tuple[int | str, bytes]] = []
+        for dep in message.deps:
+            value: Any = None
+            if dep.value.kind == INLINE:
+                data = payload[offset : offset + dep.value.size]
+                offset += dep.value.size
+                with core.lock:
+                    core.table.note_task_ref(token, dep.object_id, dep.owner, dep.endpoint)
+                value = core.objects.load(dep.object_id, data)
+            elif dep.value.kind == ERROR:
+                raise load_task_error(payload[offset : offset + dep.value.size])
+            else:
+                with core.lock:
+                    core.table.note_task_ref(token, dep.object_id, dep.owner, dep.endpoint)
+                stored.append((dep.position, dep.object_id))
+                continue
+            if isinstance(dep.position, int):
+                args[dep.position] = value
+            else:
+                kwargs[dep.position] = value
+        if stored:
+            for (position, _), value in zip(
+                stored, core.objects.load_stored([object_id for _, object_id in stored]), strict=True
+            ):
+                if isinstance(position, int):
+                    args[position] = value
+                else:
+                    kwargs[position] = value
+        return args, kwargs
+
+    def succeed(self, link: Link, message: PushTask | PushActorTask, result: Any, started: float, held: bool) -> None:
+        """Serialises the result and replies."""
+        core = self.core
+        count = message.num_returns
+        if count == 1:
+            serialized = serialize(result, "return value")
+            if serialized.size <= core.config.inline_bytes_max and not serialized.refs:
+                result = None
+                data = serialized.to_bytes()
+                work_us = int((time.perf_counter() - started) * 1e6)
+                self.reply(link, message, TaskDone(message.task_id, work_us), data, held)
+                return
+            results = [result]
+        elif count == 0:
+            results = []
+        else:
+            if (
+                not isinstance(result, tuple | list)
+                and hasattr(result, "__iter__")
+                and not isinstance(result, str | bytes)
+            ):
+                result = list(result)
+            if not isinstance(result, tuple | list):
+                raise ValueError(
+                    f"num_returns is {count}, but the task returned one {type(result).__name__}: return a tuple or "
+                    f"list of {count} values"
+                )
+            if len(result) != count:
+                raise ValueError(f"num_returns is {count}, but the task returned {len(result)} values")
+            results = list(result)
+        result = None
+        values: list[Value] = []
+        parts: list[bytes] = []
+        kept: list[tuple[Any, list[bytes]]] = []
+        limit = core.config.inline_bytes_max
+        for index, item in enumerate(results):
+            serialized = serialize(item, "return value" if count == 1 else f"return value {index}")
+            refs: tuple[Ref, ...] = ()
+            if serialized.refs:
+                refs = tuple(ref.wire() for ref in serialized.refs)
+                kept.append(((message.task_id, message.attempt, index), [ref.object_id for ref in refs]))
+            if serialized.size <= limit:
+                data = serialized.to_bytes()
+                parts.append(data)
+                values.append(Value(INLINE, len(data), b"", refs))
+            else:
+                object_id = return_id(message.task_id, index)
+                core.objects.write(object_id, serialized, link.peer.worker_id, keep=False)
+                values.append(Value(IN_STORE, serialized.size, core.node_id, refs))
+            if kept:
+                with core.lock:
+                    core.drain()
+                    token, ids = kept.pop()
+                    core.table.hand_off(token, ids, link.peer.worker_id)
+                held = True
+        results.clear()
+        work_us = int((time.perf_counter() - started) * 1e6)
+        self.reply(link, message, TaskReturns(message.task_id, work_us, tuple(values)), b"".join(parts), held)
+
+    def fail(
+        self, link: Link, message: PushTask | PushActorTask, error: BaseException, started: float, held: bool, name: str
+    ) -> None:
+        """Packs the exception and replies."""
+        exits = isinstance(error, SystemExit | ActorExit)
+        payload = task_error_payload(error, name, os.getpid(), self.core.node_id.hex())
+        mro = tuple(f"{c.__module__}.{c.__qualname__}" for c in type(error).__mro__)
+        error.__traceback__ = None
+        work_us = int((time.perf_counter() - started) * 1e6)
+        self.reply(link, message, TaskFailed(message.task_id, work_us, exits, mro), payload, held)
+        if exits:
+            self.exiting = "exit_actor was called" if isinstance(error, ActorExit) else "the task called sys.exit"
+
+    def reply(self, link: Link, message: PushTask | PushActorTask, answer: Message, payload: bytes, held: bool) -> None:
+        """Queues a reply; one that must wait for registrations is sent by `may_reply`."""
+        if held:
+            core = self.core
+            token = (message.task_id, message.attempt)
+            with core.lock:
+                core.drain()
+                self.deferred[token] = (link, answer, payload)
+                may = core.table.end_task(token)
+                core.settle()
+                if not may:
+                    return
+                if self.deferred.pop(token, None) is None:
+                    return
+        with self.reactor.lock:
+            link.send(answer, payload)
+
+    def may_reply(self, token: Any) -> None:
+        """What the task kept has been registered, under the core's lock."""
+        reply = self.deferred.pop(token, None)
+        if reply is not None:
+            link, answer, payload = reply
+            with self.reactor.lock:
+                link.send(answer, payload)
+                self.reactor.flush_dirty()
+
+    # --- blocked, recalled -------------------------------------------------------------------------------------------
+
+    def blocked(self) -> None:
+        """A thread of this worker waits in `get`: lend the CPU, hand back what queues behind it."""
+        core = self.core
+        with core.lock:
+            self.blocked_threads += 1
+            if self.blocked_threads == 1:
+                core.raylet.send(WorkerBlocked())
+                if self.actor is None:
+                    self._hand_back(None, True)
+                    core.reactor.watch(self.reactor._epoll.fileno(), self._bounce)
+                core.settle()
+        with self.reactor.lock:
+            self.reactor.flush_dirty()
+
+    def unblocked(self) -> None:
+        core = self.core
+        with core.lock:
+            self.blocked_threads -= 1
+            if self.blocked_threads == 0:
+                core.raylet.send(WorkerUnblocked())
+                if self.actor is None:
+                    core.reactor.unwatch(self.reactor._epoll.fileno())
+                core.settle()
+
+    def _bounce(self) -> None:
+        """Something arrived on a task channel while the main thread is blocked, under the core's lock."""
+        self._hand_back(None, True)
+
+    def _hand_back(self, task_ids: frozenset[bytes] | None, blocked: bool) -> None:
+        """Returns tasks that have not started to their owners, under the core's lock."""
+        reactor = self.reactor
+        with reactor.lock:
+            reactor.handle(reactor.poll_events(0, 64))
+            keep: list[tuple[Link | None, Any, Any]] = []
+            back: dict[Link, list[bytes]] = {}
+            while self.pending:
+                item = self.pending.popleft()
+                link, message, _ = item
+                if link is None or (task_ids is not None and message.task_id not in task_ids):
+                    keep.append(item)
+                else:
+                    back.setdefault(link, []).append(message.task_id)
+            self.pending.extend(keep)
+            for link, ids in back.items():
+                link.send(TasksReturned(tuple(ids), blocked))
+            if blocked and not back:
+                # The owner of the running task shall not push more behind it.
+                for link in reactor.links.values():
+                    link.send(TasksReturned((), True))
+            reactor.flush_dirty()
+
+    def recall(self, owner: bytes, task_ids: tuple[bytes, ...]) -> None:
+        """An owner wants these back if they have not started, under the core's lock."""
+        if self.actor is None:
+            self._hand_back(frozenset(task_ids), False)
+
+    def cancel(self, task_id: bytes, force: bool) -> None:
+        """Cancelling a queued task is a recall by its owner; a running one is not interrupted here."""
+        log.info("cancel of %s (force=%s) is not acted on: the task runs to its end", task_id.hex(), force)
+
+    # --- becoming an actor -------------------------------------------------------------------------------------------
+
+    def create_actor(self, message: CreateActor, payload: bytes) -> None:
+        """Runs the constructor, and reports."""
+        from ftray.worker.actor_modes import make_mode
+
+        core = self.core
+        if self.assigned.message is None:
+            block(core.reactor, self.assigned.waiter, None)
+        spec = msgspec.msgpack.decode(payload, type=ActorCreation)
+        self.actor_id = message.actor_id
+        self.incarnation = message.incarnation
+        context = task_context(message.actor_id, message.incarnation, f"{spec.class_name}.__init__", message.actor_id)
+        variable = current_task.set(context)
+        text = b""
+        mode: ActorMode | None = None
+        try:
+            cls = self.function(spec.class_id)
+            push = PushActorTask(
+                message.actor_id, message.actor_id, "__init__", 0, message.incarnation, len(spec.args), spec.deps
+            )
+            body = spec.args + b"".join(spec.inline)
+            with core.lock:
+                core.table.begin_task((message.actor_id, message.incarnation))
+            args, kwargs = self.arguments(push, body)
+            mode = make_mode(spec, cls, args, kwargs)
+            del args, kwargs
+        except BaseException as error:
+            text = remote_traceback(error).encode("utf-8", "replace")
+            error.__traceback__ = None
+        finally:
+            current_task.reset(variable)
+        with core.lock:
+            core.drain()
+            core.table.end_task((message.actor_id, message.incarnation))
+            self.actor = mode
+            link = core.raylet.link
+            if link is not None:
+                link.send(ActorReady(message.actor_id, message.incarnation, mode is not None), text)
+            core.settle()
+        if mode is None:
+            self.exiting = "the actor's constructor raised"
+
+    def exit_now(self) -> None:
+        """Says goodbye and ends the process."""
+        core = self.core
+        with core.lock:
+            core.closed = True
+            core.raylet.send(Unregister(self.exiting))
+            core.settle()
+        try:
+            atexit._run_exitfuncs()
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            os._exit(0)
+
+
+def run_method(method: Callable[..., Any], args: list[Any], kwargs: dict[str, Any]) -> Any:
+    """Calls a method; of its own, so that a traceback can be trimmed at this frame."""
+    return method(*args, **kwargs)
+
+
+def is_asynchronous(cls: type) -> bool:
+    """Whether a class has coroutine methods (inherited ones count)."""
+    return any(
+        inspect.iscoroutinefunction(member) or inspect.isasyncgenfunction(member)
+        for _, member in inspect.getmembers(cls, inspect.isfunction)
+    )
+
+
+__all__ = ["Executor", "TaskContext", "is_asynchronous", "run_method", "threading"]

@@ -1,0 +1,70 @@
+"""What a driver or worker asks of the GCS, in the words of its callers.
+
+Role: a thin layer over `gcs/client.py`: exports, actor records, nodes. All methods and callbacks run under the core's
+lock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ftray.gcs.client import GcsClient, Watch
+from ftray.gcs.state.commands import AnyCommand
+from ftray.gcs.state.tables import ActorRecord, Change, Table, kv_key
+
+HANDLES = "actor-handles"
+"""The key-value namespace of what a handle made from an actor's name has to know."""
+
+
+class GcsAccess:
+    """See the module."""
+
+    def __init__(self, client: GcsClient) -> None:
+        self.client = client
+        self._watchers: dict[bytes, Callable[[ActorRecord | None, bytes], None]] = {}
+        self._watch: Watch | None = None
+
+    def set_endpoints(self, endpoints: list[str]) -> None:
+        """The heads, as the raylet knows them."""
+        if endpoints:
+            self.client.endpoints[:] = endpoints
+
+    def command(self, command: AnyCommand, callback: Callable[[Any], None]) -> None:
+        """Sends a command; `callback(result)`."""
+        self.client.command(command, callback)
+
+    def read_kv(self, namespace: str, key: bytes, callback: Callable[[Any], None], wait: bool = False) -> None:
+        """`callback(value bytes or None)`; with `wait`, once the key exists."""
+        self.client.read(
+            Table.KV, kv_key(namespace, key), lambda record: callback(getattr(record, "value", None)), wait
+        )
+
+    def actors(self, callback: Callable[[list[Any]], None]) -> None:
+        """All actor records."""
+        self.client.read_all(Table.ACTORS, lambda rows: callback(list(rows.values())))
+
+    def nodes(self, callback: Callable[[list[Any]], None]) -> None:
+        """All node records."""
+        self.client.read_all(Table.NODES, lambda rows: callback(list(rows.values())))
+
+    def watch_actor(self, actor_id: bytes, changed: Callable[[ActorRecord | None, bytes], None]) -> None:
+        """`changed(record, actor_id)` now (when it is known) and on each change."""
+        self._watchers[actor_id] = changed
+        if self._watch is None:
+            self._watch = self.client.watch((Table.ACTORS,), (), self._changed)
+        self.client.add_watch_key(self._watch, actor_id)
+
+    def unwatch_actor(self, actor_id: bytes) -> None:
+        """Ends that."""
+        self._watchers.pop(actor_id, None)
+        if self._watch is not None:
+            self.client.remove_watch_key(self._watch, actor_id)
+
+    def _changed(self, change: Change) -> None:
+        changed = self._watchers.get(change.key)
+        if changed is not None and (change.record is None or isinstance(change.record, ActorRecord)):
+            changed(change.record, change.key)
+
+    def close(self) -> None:
+        self.client.close()
