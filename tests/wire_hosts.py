@@ -76,7 +76,7 @@ class Recorder:
 
     def on_closed(self, link: Link, reason: str) -> None:
         self.closed.append(reason)
-        self.errors.append(link.tag)
+        self.errors.append(link.error)
 
     def accept(self, link: Link) -> Recorder:
         self.links.append(link)

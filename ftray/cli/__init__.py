@@ -1,7 +1,7 @@
 """Command line of ftray: `ftray start`, `stop`, `status`, `logs`, `microbenchmark`.
 
-Role: shell. Each command is a module of its own, imported when it is run, so that `ftray --help` costs an interpreter and
-click. What all commands share: `--json` prints one JSON object and nothing else, errors included, and the exit codes.
+Role: shell. Each command is a module of its own, imported when it is run, so that `ftray --help` costs an interpreter
+and click. What all commands share: `--json` prints one JSON object and nothing else, errors included; the exit codes.
 
 Rejected: entry points of commands found at run time (slow, and `--help` would depend on what is installed).
 """

@@ -8,6 +8,7 @@ single-threaded interpreter, and a failed start would have no one left to report
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import select
@@ -25,6 +26,11 @@ from ftray.cli.tool import ToolClient
 from ftray.exceptions import AuthenticationError, ProtocolError, ProtocolVersionError
 from ftray.wire.handshake import ROLE_GCS
 
+NODE_CODE = (
+    f"import runpy, sys; sys.path.append({str(Path(__file__).resolve().parents[2])!r}); "
+    "runpy.run_module('ftray.raylet.main', run_name='__main__')"
+)
+"""`-m ftray.raylet.main`, but (with `-P`) so that nothing that lies where the user stands shadows a module."""
 READY_TIMEOUT_S = 60.0
 PROBE_TIMEOUT_S = 5.0
 STDERR_LINES = 15
@@ -37,12 +43,10 @@ def spawn(spec: dict[str, Any]) -> tuple[subprocess.Popen[bytes], dict[str, Any]
     """
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
-            [sys.executable, "-m", "ftray.raylet.main"],
+            [sys.executable, "-P", "-c", NODE_CODE],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
-            # So that `-m` finds ftray and nothing that happens to lie where the user stands.
-            cwd=Path(__file__).resolve().parents[2],
             start_new_session=True,
         )
         assert process.stdin is not None and process.stdout is not None
@@ -68,6 +72,11 @@ def spawn(spec: dict[str, Any]) -> tuple[subprocess.Popen[bytes], dict[str, Any]
         _end(process)
         raise explained(str(ready.get("error", "the node did not say why it failed")), spec)
     return process, ready
+
+
+def let_go(process: subprocess.Popen[bytes]) -> None:
+    """The process outlives this one: nobody waits for it here, and Python need not warn of that."""
+    process.returncode = 0
 
 
 def _ready_line(process: subprocess.Popen[bytes], stdout: IO[bytes]) -> dict[str, Any] | None:
@@ -138,8 +147,6 @@ def check_port_free(host: str, port: int) -> None:
         except PermissionError:
             raise Failure(f"port {port} is reserved for root", "choose a port above 1023 with --port") from None
         except OSError as error:
-            import errno
-
             if error.errno == errno.EADDRINUSE:
                 raise port_in_use(host, port) from None
             raise Failure(
@@ -154,7 +161,7 @@ def port_in_use(host: str, port: int) -> Failure:
     if holder and "ftray" in holder:
         remedy = "a head runs already: join it with `ftray start --address`, stop it with `ftray stop`, or take --port"
     else:
-        remedy = f"choose another port with --port (0 takes a free one){f', or stop that process' if holder else ''}"
+        remedy = f"choose another port with --port (0 takes a free one){', or stop that process' if holder else ''}"
     return Failure(f"port {port} of {host} is in use{f' by {holder}' if holder else ''}", remedy, holder_pid=pid)
 
 

@@ -9,17 +9,24 @@ import json
 import math
 import re
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_SUFFIXES = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+if TYPE_CHECKING:
+    _ParamType = click.ParamType[Any]
+else:  # older versions of click are not generic
+    _ParamType = click.ParamType
+
+_SUFFIXES = {
+    "": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40,
+}  # fmt: skip
 _SIZE = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*([kmgt]i?)?b?", re.IGNORECASE)
 
 
-class ByteSize(click.ParamType):
+class ByteSize(_ParamType):
     """`1048576`, `512MB`, `2GiB`, `1.5g`: decimal suffixes count in thousands, those with an i in 1024."""
 
     name = "bytes"
@@ -36,7 +43,7 @@ class ByteSize(click.ParamType):
         return size
 
 
-class Amount(click.ParamType):
+class Amount(_ParamType):
     """A resource amount: a number of at least 0, shown without a needless fraction."""
 
     name = "number"
@@ -51,7 +58,7 @@ class Amount(click.ParamType):
         return int(amount) if amount == int(amount) else amount
 
 
-class JsonObject(click.ParamType):
+class JsonObject(_ParamType):
     """A JSON object with string keys whose values are all numbers (`numbers`), or all strings."""
 
     name = "json"
@@ -68,12 +75,15 @@ class JsonObject(click.ParamType):
                 self.fail(f"not valid JSON ({error}): write an object, for instance {example}", param, ctx)
         if not isinstance(value, dict):
             self.fail(f"not a JSON object: write for instance {example}", param, ctx)
+        wanted = "a number of at least 0" if self.numbers else "a string"
         for key, each in value.items():
-            if not self.numbers and not isinstance(each, str):
-                self.fail(f"the value of {key!r} is not a string: write for instance {example}", param, ctx)
-            if self.numbers and (isinstance(each, bool) or not isinstance(each, int | float) or not 0 <= each < math.inf):
-                self.fail(f"the value of {key!r} is not a number of at least 0: write for instance {example}", param, ctx)
+            if not (_is_amount(each) if self.numbers else isinstance(each, str)):
+                self.fail(f"the value of {key!r} is not {wanted}: write for instance {example}", param, ctx)
         return value
+
+
+def _is_amount(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
 def json_option(function: F) -> F:
@@ -86,7 +96,6 @@ def session_root_option(function: F) -> F:
     return click.option(
         "--session-root",
         type=click.Path(file_okay=False),
-        envvar="FTRAY_SESSION_ROOT",
         help="Folder of the sessions (sockets, logs, token).  [default: /tmp/ftray-UID]",
     )(function)
 

@@ -1,7 +1,7 @@
 """`ftray start`: a head node, or a node that joins.
 
-Role: shell. Turns options into the node's spec, checks beforehand what can be checked (so that the error is a good one),
-starts the node, and says how to use and stop it.
+Role: shell. Turns options into the node's spec, checks beforehand what can be checked (so that the error is a good
+one), starts the node, and says how to use and stop it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ DEFAULT_PORT = 6380
 @click.option("--num-gpus", type=Amount(), help="GPUs to offer.  [default: those found]")
 @click.option("--memory", type=ByteSize(), help="Memory to offer to tasks that ask for some, such as 8GB.")
 @click.option("--resources", type=JsonObject(numbers=True), metavar="JSON", help="More resources: '{\"disk\": 2}'.")
-@click.option("--labels", type=JsonObject(numbers=False), metavar="JSON", help="Labels of the node: '{\"zone\": \"b\"}'.")
+@click.option("--labels", type=JsonObject(numbers=False), metavar="JSON", help="Labels: '{\"zone\": \"b\"}'.")
 @click.option("--object-store-memory", type=ByteSize(), help="Size of the object store, such as 2GB or 512MiB.")
 @click.option("--block", is_flag=True, help="Stay in the foreground; Ctrl-C stops the node.")
 @session_root_option
@@ -110,9 +110,9 @@ def _start(spec: dict[str, Any]) -> tuple[subprocess.Popen[bytes], dict[str, Any
     else:
         spec["token"] = _token_for(spec).hex()
         launch.check_heads(spec["address"].split(","), bytes.fromhex(spec["token"]))
-        spec["address"] = spec["address"].replace("tcp:", "")
     process, ready = launch.spawn(spec)
-    process.returncode = process.returncode or 0 if not spec["lifeline"] else None  # it is not waited for
+    if not spec["lifeline"]:
+        launch.let_go(process)
     heads = [endpoint.removeprefix("tcp:") for endpoint in ready["gcs_endpoints"] if endpoint.startswith("tcp:")]
     answer = {
         "head": spec["head"],
@@ -154,8 +154,6 @@ def _show(answer: dict[str, Any], blocking: bool) -> None:
     lines = [("Use it from Python", 'ftray.init(address="auto")')]
     if answer["address"]:
         lines.append(("Join another node", f"FTRAY_TOKEN=$(cat TOKEN_FILE) ftray start --address {answer['address']}"))
-    from ftray.raylet.session import default_root
-
     root = answer["session_root"]
     lines += [
         ("The token file", f"{answer['token_file']} (copy it to machines that join, by a safe way)"),
@@ -163,8 +161,6 @@ def _show(answer: dict[str, Any], blocking: bool) -> None:
         ("Logs", os.path.join(answer["session_dir"], "logs")),
         ("Stop it", "Ctrl-C" if blocking else "ftray stop" + _root_option(root)),
     ]
-    if root != default_root():
-        lines[0] = ("Use it from Python", f'FTRAY_SESSION_ROOT={root} and ftray.init(address="auto")')
     for what, how in lines:
         click.echo(f"  {what + ':':<20} {how}")
 

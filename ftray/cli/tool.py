@@ -79,7 +79,10 @@ class ToolClient:
     def _next(self) -> tuple[Message, bytes | bytearray]:
         while True:
             for header, payload in self._frames:
-                return decode(header), payload
+                try:
+                    return decode(header), payload
+                except Exception as error:
+                    raise ProtocolError(f"{self.endpoint} sent what cannot be understood: {error}") from None
             self._frames = self._decoder.feed(self._receive())
 
     def _receive(self) -> bytes:
@@ -92,7 +95,7 @@ class ToolClient:
         except TimeoutError:
             raise TimeoutError(f"no answer from {self.endpoint} within {self._timeout_s:g} s") from None
         if not data:
-            raise ProtocolError(f"{self.endpoint} closed the connection: it does not speak ftray's protocol, or is stopping")
+            raise ProtocolError(f"{self.endpoint} closed the connection: it is no ftray node, or is stopping")
         return data
 
     def close(self) -> None:

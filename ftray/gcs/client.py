@@ -34,6 +34,10 @@ log = logging.getLogger("ftray.gcs")
 
 RECONNECT_FIRST_MS = 5.0
 RECONNECT_MAX_MS = 500.0
+REPEAT_MS = 200.0
+"""A command that could not be made durable (a full disk, say) is repeated after this time,"""
+REPEATS_MAX = 25
+"""so often, before its caller gets to know."""
 
 OnOther = Callable[[Message, "bytes | bytearray"], None]
 OnError = Callable[[Code, str], None]
@@ -71,8 +75,8 @@ class GcsClient:
     """
 
     __slots__ = (
-        "_attempts", "_closed", "_commands", "_keyed", "_known", "_link", "_next", "_open", "_reads", "_request",
-        "_sent_request", "_sequence", "_timer", "_whole", "client_id", "endpoints", "failures", "node_id",
+        "_attempts", "_closed", "_commands", "_keyed", "_known", "_link", "_next", "_open", "_reads", "_repeats",
+        "_request", "_sent_request", "_sequence", "_timer", "_whole", "client_id", "endpoints", "failures", "node_id",
         "on_connected", "on_other", "reactor", "revision",
     )  # fmt: skip
 
@@ -107,6 +111,7 @@ class GcsClient:
         self._request = 0
         self._sequence = 1
         """That of the first command that waits."""
+        self._repeats = 0
         self._sent_request = 0
         """The request under which that command was sent on the present link; 0: not sent."""
         self._commands: deque[tuple[bytes, Callable[[Result], None]]] = deque()
@@ -258,6 +263,10 @@ class GcsClient:
         if self._link is not None:
             self._link.send(message, payload)
 
+    def _repeat(self) -> None:
+        if not self._sent_request:  # unless the connection was made anew meanwhile
+            self._send_command()
+
     def _send_command(self) -> None:
         if self._commands and self._ready():
             self._request += 1
@@ -354,6 +363,11 @@ class GcsClient:
             result = decode_result(message, payload)
             self._answered()
             self._sent_request = 0
+            if result.code is Code.UNAVAILABLE and self._repeats < REPEATS_MAX:
+                self._repeats += 1
+                self.reactor.call_later(REPEAT_MS, self._repeat)
+                return
+            self._repeats = 0
             self._sequence += 1
             _, callback = self._commands.popleft()
             self._send_command()
@@ -396,10 +410,12 @@ class GcsClient:
             of_table = self._whole.get(table)
             if of_table is not None:
                 known = self._known[table]
-                if change.record is None:
+                if change.record is not None:
+                    known.add(key)
+                elif key in known:
                     known.discard(key)
                 else:
-                    known.add(key)
+                    continue  # told for the sake of a watch of this key: it never existed
                 for watch in of_table[0]:
                     self._call(watch.on_change, change)
 

@@ -6,9 +6,9 @@ Role: shell, under the reactor's lock.
                      │ resources        │ a worker           │ constructor       │
                      └───────── stop, or the worker's death, in any state ───────┴──► reported (ActorDied), forgotten
 
-Rules: everything is told apart by actor and incarnation, so what the GCS repeats does no harm; what is said of an earlier
-incarnation is answered `ActorDied` (nothing runs of it). Resources are free as soon as the worker is gone; the report waits
-up to `CAUSE_WAIT_MS` for the exit status. A worker that has been an actor is never used again.
+Rules: everything is told apart by actor and incarnation, so what the GCS repeats does no harm; what is said of an
+earlier incarnation is answered `ActorDied` (nothing runs of it). Resources are free as soon as the worker is gone;
+the report waits up to `CAUSE_WAIT_MS` for the exit status. A worker that has been an actor is never used again.
 
 Rejected: asking an actor's worker whether it is still well (its link tells).
 """
@@ -51,8 +51,8 @@ class Hosted:
     """One life of an actor on this node."""
 
     __slots__ = (
-        "actor_id", "class_name", "creation", "incarnation", "job_id", "lease_id", "owner", "stage", "stopping", "token",
-        "worker_id",
+        "actor_id", "class_name", "creation", "incarnation", "job_id", "lease_id", "owner", "stage", "stopping",
+        "token", "worker_id",
     )  # fmt: skip
 
     def __init__(self, message: StartActor, creation: bytes) -> None:

@@ -1,7 +1,7 @@
 """Who is connected: drivers and workers, and the jobs that they belong to.
 
-Role: plain data of the shell. `Client` is a registered link; `Job` is what a worker needs to know of a job before it may
-serve it, and outlives its driver as long as detached actors do.
+Role: plain data of the shell. `Client` is a registered link; `Job` is what a worker needs to know of a job before it
+may serve it, and outlives its driver as long as detached actors do.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Client:
     """A driver or worker with a link to this raylet. `worker_id` is its name everywhere."""
 
     __slots__ = (
-        "class_names", "driver", "endpoint", "entrypoint", "goodbye", "gone", "job_id", "lease_id", "link", "log_to_driver",
-        "pid", "running", "worker_id",
+        "class_names", "driver", "endpoint", "entrypoint", "goodbye", "gone", "job_id", "lease_id", "link",
+        "log_to_driver", "pid", "running", "worker_id",
     )  # fmt: skip
 
     def __init__(self, link: Link, hello: RegisterClient) -> None:

@@ -1,7 +1,7 @@
 """Why processes died: gathered from the closed link, the template's report and the last words, told to who asks.
 
-Role: shell-side bookkeeping, with the reactor's timers. Freeing what a dead worker held never waits for its cause; whoever
-needs the cause waits here, for a bounded time, and then gets what is known.
+Role: shell-side bookkeeping, with the reactor's timers. Freeing what a dead worker held never waits for its cause;
+whoever needs the cause waits here, for a bounded time, and then gets what is known.
 
 Rejected: an exit status in each lease's end (the link closes a millisecond before the template has reaped).
 """

@@ -93,8 +93,8 @@ def spawn_template(spec: TemplateSpec) -> TemplateProcess:
 class Forker:
     """Talks to the template on the reactor.
 
-    `on_report` gets its reports. `on_lost(how)` is told that it died, and all workers with it; `on_restarted` that there is
-    one again.
+    `on_report` gets its reports. `on_lost(how)` is told that it died, and all workers with it; `on_restarted` that
+    there is one again.
     """
 
     def __init__(

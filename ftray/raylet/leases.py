@@ -1,8 +1,8 @@
 """From demand to leased workers: the scheduler decides about resources, the pool about processes, and here they meet.
 
-Role: shell, under the reactor's lock. A grant of the scheduler becomes a lease with a worker at once if one is idle, or else
-when one has registered; meanwhile its resources are taken. Whatever changes asks for `settle_soon`, and one `settle` at
-the end of the turn does everything: dispatch, match, fork, reclaim.
+Role: shell, under the reactor's lock. A grant of the scheduler becomes a lease with a worker at once if one is idle,
+or else when one has registered; meanwhile its resources are taken. Whatever changes asks for `settle_soon`, and one
+`settle` at the end of the turn does everything: dispatch, match, fork, reclaim.
 
 Rejected: settling in each handler (a client that sends ten demands in one batch would cost ten dispatches).
 """

@@ -1,11 +1,11 @@
 """What workers print: read from their pipes, written to rotated files, forwarded to the job's driver.
 
-Role: shell around `LineSplitter`, which is pure. Each worker writes its stdout and stderr into pipes, and the node reads
-them: at most `READ_BYTES` of one stream in each turn of the loop, so that a worker that prints megabytes can starve
-nobody; it waits in `write` instead.
+Role: shell around `LineSplitter`, which is pure. Each worker writes its stdout and stderr into pipes, and the node
+reads them: at most `READ_BYTES` of one stream in each turn of the loop, so that a worker that prints megabytes can
+starve nobody; it waits in `write` instead.
 
-In its stream a worker marks what it runs, `\\x01ftray-task:NAME\\n`; the marker is taken out and names the lines after it.
-The last lines of stderr are kept for the error about the worker's death.
+In its stream a worker marks what it runs, `\\x01ftray-task:NAME\\n`; the marker is taken out and names the lines
+after it. The last lines of stderr are kept for the error about the worker's death.
 
 Rules: whole lines only; a line longer than `LINE_BYTES_MAX` is cut into several; bytes that are not UTF-8 are replaced
 in what is forwarded and kept as they are in the file. A full disk costs lines in the files, nothing else. To a driver

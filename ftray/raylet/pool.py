@@ -1,7 +1,8 @@
 """Which worker serves whom, and how many there should be.
 
-Role: pure. The pool knows every worker process of the node by its state, matches requests with idle workers, and says how
-many to fork and which to send home; the shell (`processes.py`) forks and kills. Times are milliseconds of a steady clock.
+Role: pure. The pool knows every worker process of the node by its state, matches requests with idle workers, and says
+how many to fork and which to send home; the shell (`processes.py`) forks and kills. Times are milliseconds of a
+steady clock.
 
     STARTING ──registered──► IDLE ──acquire──► BUSY ──release──► IDLE        any ──gone──► forgotten
                               │ ▲
@@ -10,8 +11,8 @@ many to fork and which to send home; the shell (`processes.py`) forks and kills.
 
 Rules:
 - A worker that has served a job serves that job alone: its modules, globals and objects are the job's.
-- Workers are kept warm: as many as the node has CPUs, and `extra` of them fresh (of no job) whatever else goes on, so that
-  a killed one is replaced at once. Requests beyond that fork as many as they need.
+- Workers are kept warm: as many as the node has CPUs, and `extra` of them fresh (of no job) whatever else goes on, so
+  that a killed one is replaced at once. Requests beyond that fork as many as they need.
 - Whoever idles longer than `idle_kill_ms` and is more than is kept is *asked* to leave; one that owns objects may stay.
 - Workers that die before they register make the pool slow down (doubling pauses, one at a time), and after
   `FAILURES_MAX` in a row it says so, once.
@@ -73,8 +74,8 @@ class WorkerPool:
     """See the module. `cpus` is rounded down; a node without CPUs keeps `extra` workers."""
 
     __slots__ = (
-        "_extra", "_fresh", "_idle", "_idle_kill_ms", "_keep", "_requests", "_retry_at_ms", "_starting", "_starting_max",
-        "_task_busy", "_task_requests", "failures", "workers",
+        "_extra", "_fresh", "_idle", "_idle_kill_ms", "_keep", "_requests", "_retry_at_ms", "_starting",
+        "_starting_max", "_task_busy", "_task_requests", "failures", "workers",
     )  # fmt: skip
 
     def __init__(self, cpus: float, extra: int, idle_kill_ms: float) -> None:

@@ -3,8 +3,8 @@
 Role: shell around `pool.py`. Knows each process from the request to fork it until the template has reaped it, with its
 pipes and its exit status. What a worker serves is not known here.
 
-Rules: `on_exit` is called once for each process, when it is reaped or the template is lost, after all its output has been
-read; `on_failed` once for each that could not be forked.
+Rules: `on_exit` is called once for each process, when it is reaped or the template is lost, after all its output has
+been read; `on_failed` once for each that could not be forked.
 
 Rejected: process ids as keys (they are drawn by the kernel, after the request, and come again).
 """

@@ -4,8 +4,8 @@ Role: shell, the hub of the room. It knows who is at the other end of each link 
 deals with it: `leases`, `actors`, `store_service`, `deaths`. Everything runs under the reactor's lock.
 
 Rules: a process is dead when its link closes or when the template has reaped it, whichever comes first; both end in
-`_client_gone`, once. A client that says what its role may not say loses its link, and with it all that it held; nothing that
-a client sends raises beyond its link.
+`_client_gone`, once. A client that says what its role may not say loses its link, and with it all that it held;
+nothing that a client sends raises beyond its link.
 
 Rejected: a handler object for each client (the parts need tables over all of them anyway).
 """
@@ -112,6 +112,11 @@ class Raylet:
             m.KillWorker: self._kill_worker,
             m.Unregister: self._unregister,
         }
+
+    def adopt_config(self, config: Config) -> None:
+        """The settings of the cluster that this node joins, before it has any client."""
+        self.config = config
+        self._registered_payload = msgspec.msgpack.encode(config)
 
     # --- links --------------------------------------------------------------------------------------------------------
 
@@ -288,10 +293,9 @@ class Raylet:
         self.deaths.reaped(process, what)
         record = self.deaths.known(process.worker_id)
         if record is not None:
-            log.info(
-                "worker pid %d %s%s%s", process.pid, how(record), f" while running {record.what}" if record.what else "",
-                f": {record.reason}" if record.reason else "",
-            )  # fmt: skip
+            doing = f" while running {record.what}" if record.what else ""
+            why = f": {record.reason}" if record.reason else ""
+            log.info("worker pid %d %s%s%s", process.pid, how(record), doing, why)
         if client is not None:
             self.reactor.drop(client.link, "its process has ended")
         elif self.leases.worker_gone(process.worker_id, None):

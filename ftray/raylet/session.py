@@ -1,7 +1,8 @@
 """Session folders: where a node keeps its sockets, logs and journal, and how others find it.
 
 Role: shell, without any of the node's machinery, because the command line and `init` use it before anything else is
-imported. One node process has one folder, `<root>/session_<YYYYmmdd-HHMMSS>_<pid>/`; ARCHITECTURE.md says what is in it.
+imported. One node process has one folder, `<root>/session_<YYYYmmdd-HHMMSS>_<pid>/`; ARCHITECTURE.md says what is in
+it.
 
 Rules: root and folder belong to the user alone (mode 0700), since whoever can read the token can join the cluster. A
 session is alive if the process named in `node.json` is, and it is the same process: a process id alone is soon

@@ -10,11 +10,11 @@ Rules:
 - It holds no descriptor of the node but its end of the socketpair, the arena and the log.
 - Kills go through here, because only the parent can be sure that a process id still means the child it knows. A
   worker leads a process group; what it started goes with it, whether it is killed or ends by itself.
-- It ends with the node: at end-of-file, and by SIGTERM as its parent-death signal; all workers are killed first. Should it
-  be killed itself, the workers' parent-death signal ends them.
+- It ends with the node: at end-of-file, and by SIGTERM as its parent-death signal; all workers are killed first.
+  Should it be killed itself, the workers' parent-death signal ends them.
 
-Rejected: `multiprocessing.forkserver` (a second protocol, no descriptors of ours, no process groups); forking from the node
-(threads, sockets and a running loop would be inherited); signalfd (not in the standard library; the wake-up
+Rejected: `multiprocessing.forkserver` (a second protocol, no descriptors of ours, no process groups); forking from
+the node (threads, sockets and a running loop would be inherited); signalfd (not in the standard library; the wake-up
 descriptor does the same).
 """
 
@@ -119,7 +119,7 @@ class Template:
         poll = select.poll()
         poll.register(self._sock, select.POLLIN)
         poll.register(wake_r, select.POLLIN)
-        later = LATER
+        later: tuple[str, ...] = LATER
         while not self._over:
             ready = poll.poll(0 if self._queue else LATER_MS if later else None)
             if not ready and not self._queue and later:

@@ -11,9 +11,10 @@ Rules:
   recalled, as many as cover the lack. If the client's own other classes hold the resources, theirs are. Again after
   pauses that grow. Running tasks end first; nothing is killed. The class goes to the front of the queue.
 - Large requests are not starved by small ones: one that has waited for `RESERVE_AFTER_MS`, and has less than its share,
-  keeps back from others what it needs. A reservation that comes to nothing, since some lease does not end, lapses and
-  is tried again, longer, after a pause of several times its length: a request that never fits costs the node a quarter
-  of these resources at worst. None is made if actors hold so much that it can't fit.
+  keeps back from others what it needs; one after the other, in the order of their claims. A reservation that comes to
+  nothing, since some lease does not end, lapses; the next one begins after a pause of three times its length, and the
+  same request's next one is longer. So what can't be met costs the node a quarter of these resources at worst. None is
+  made if actors hold so much that the request can't fit.
 
 Cost: amortised constant for each event and each pause of each waiting class. A round of asking scans the holders of
 one resource, whose number the resources of the node bound.
@@ -60,8 +61,8 @@ class Fairness:
     """Who waits how long, who holds what, and what follows. `waiting` is the scheduler's own dictionary."""
 
     __slots__ = (
-        "dedicated_turn", "reserved", "_dedicated_units", "_due", "_fresh", "_holders", "_node", "_reserve_again_ms",
-        "_reserved_until_ms", "_turns", "_waiting",
+        "dedicated_turn", "reserved", "_claims", "_dedicated_units", "_due", "_fresh", "_holders", "_node",
+        "_reserve_again_ms", "_reserved_until_ms", "_turns", "_waiting",
     )  # fmt: skip
 
     def __init__(self, node: NodeResources, waiting: Iterable[Shape], turns: Turns) -> None:
@@ -74,8 +75,10 @@ class Fairness:
         self._due: list[tuple[float, int, DemandClass | Dedicated]] = []
         self.dedicated_turn = 0
         """The turn of the queue of actors."""
-        self.reserved: Shape | None = None
-        """The request that is next as soon as it fits."""
+        self.reserved: DemandClass | Dedicated | None = None
+        """Who is next as soon as it fits, and before whom nobody takes what it needs."""
+        self._claims: dict[DemandClass | Dedicated, None] = {}
+        """Who would reserve, the first to say so first."""
         self._reserved_until_ms = 0.0
         self._reserve_again_ms = 0.0
 
@@ -92,9 +95,7 @@ class Fairness:
     def stamp(self, now_ms: float) -> None:
         """Writes the time to classes that began to wait since the clock was last seen (demand comes without one)."""
         if self.reserved is not None and now_ms >= self._reserved_until_ms:
-            pause_ms = self.reserved.reserve_ms * RESERVE_PAUSES
-            self._reserve_again_ms = now_ms + pause_ms
-            self.reserved.reserve_again_ms = now_ms + 2 * pause_ms  # others have a chance in between
+            self._reserve_again_ms = now_ms + self.reserved.reserve_ms * RESERVE_PAUSES
             self.reserved = None
         if self._fresh:
             for demand in self._fresh:
@@ -109,10 +110,11 @@ class Fairness:
         if demand.waiting:
             self._time(demand, now_ms + FAIR_AFTER_MS)
 
-    def granted(self, shape: Shape) -> None:
-        """Somebody with this request was served, or nobody has it any more."""
-        shape.reserve_ms = 0.0
-        if self.reserved is shape:
+    def settled(self, waiter: DemandClass | Dedicated) -> None:
+        """It was served, or wants nothing any more."""
+        waiter.reserve_ms = 0.0
+        self._claims.pop(waiter, None)
+        if self.reserved is waiter:
             self.reserved = None
 
     def ask_again(self, shape: Shape) -> None:
@@ -163,6 +165,8 @@ class Fairness:
                 waiter.timer = 0
                 if waiter.waiting:
                     self._overdue(waiter, now_ms, found)
+        while self._claims and self.reserved is None and self._reserve_again_ms <= now_ms:
+            self._reserve(now_ms, found)
         return found
 
     def _time(self, waiter: DemandClass | Dedicated, due_ms: float) -> None:
@@ -193,24 +197,32 @@ class Fairness:
             if short:
                 if self._recall(waiter, short, now_ms, found):
                     self._advance(waiter)
-                    self._reserve(waiter.shape, now_ms - waiter.since_ms, now_ms)
+                # A class at the front was behind its share when it got there, and has not been served since.
+                behind = isinstance(waiter, Dedicated) or waiter.turn < 0
+                if behind and now_ms - waiter.since_ms >= RESERVE_AFTER_MS and waiter is not self.reserved:
+                    self._claims[waiter] = None
             waiter.backoff_ms = min(max(waiter.backoff_ms * 2, FAIR_AFTER_MS), RECALL_PAUSE_MAX_MS)
             due_ms = now_ms + waiter.backoff_ms
         self._time(waiter, due_ms)
 
     def _recall(
-        self, waiter: DemandClass | Dedicated, short: dict[str, int], now_ms: float, found: list[Reclaim]
-    ) -> bool:
+        self, waiter: DemandClass | Dedicated, short: dict[str, int], now_ms: float, found: list[Reclaim],
+        reserves: bool = False,
+    ) -> bool:  # fmt: skip
         """Names the oldest leases of those with the most until what is short would be covered.
+
+        A client has leases of others recalled for one of its classes at a time, unless the class `reserves`.
 
         Returns whether the waiter has less than its share, even if there was nothing to name.
         """
         client = waiter.client if isinstance(waiter, DemandClass) else None
-        from_others = client is None or client.recall_after_ms < now_ms
+        from_others = reserves or client is None or client.recall_after_ms < now_ms
         left = RECALLS_AT_ONCE_MAX
-        deserves = client is None or not client.leases
+        deserves = False
         for name, units in short.items():
             holders = self._holders.get(name)
+            if holders is None or not holders.clients:  # all recalled already, or not to be had
+                deserves = deserves or isinstance(waiter, Dedicated) or not waiter.held
             while units > 0 and left and holders is not None:
                 victim = self._victim(waiter, holders)
                 if victim is None:
@@ -254,13 +266,14 @@ class Fairness:
             waiter.turn = self._turns.front()
         waiter.shape.advance(waiter, self._turns.last())
 
-    def _reserve(self, shape: Shape, waited_ms: float, now_ms: float) -> None:
-        if (
-            self.reserved is None
-            and waited_ms >= RESERVE_AFTER_MS
-            and now_ms >= max(self._reserve_again_ms, shape.reserve_again_ms)
-            and self._node.feasible(shape.request, besides=self._dedicated_units)
-        ):
-            self.reserved = shape
-            shape.reserve_ms = min(max(shape.reserve_ms * 2, RESERVE_MS), RESERVE_MAX_MS)
-            self._reserved_until_ms = now_ms + shape.reserve_ms
+    def _reserve(self, now_ms: float, found: list[Reclaim]) -> None:
+        """Reserves for the first who claims it, if there is still reason to."""
+        waiter = next(iter(self._claims))
+        del self._claims[waiter]
+        short = self._node.short(waiter.shape.request)
+        if not short or not self._node.feasible(waiter.shape.request, besides=self._dedicated_units):
+            return
+        self._recall(waiter, short, now_ms, found, reserves=True)
+        self.reserved = waiter
+        waiter.reserve_ms = min(max(waiter.reserve_ms * 2, RESERVE_MS), RESERVE_MAX_MS)
+        self._reserved_until_ms = now_ms + waiter.reserve_ms

@@ -219,7 +219,7 @@ class LeaseScheduler:
             chosen = self._next_in_turn()
             if chosen is None:
                 break
-            self._fairness.granted(chosen.shape)
+            self._fairness.settled(chosen)
             self._node.allocate(chosen.shape.request)
             if isinstance(chosen, Dedicated):
                 grants.append(self._grant_dedicated(chosen))
@@ -347,15 +347,15 @@ class LeaseScheduler:
     def _next_in_turn(self) -> DemandClass | Dedicated | None:
         """Of all whose request fits, the one whose turn it is; None if nobody's does."""
         reserved = self._fairness.reserved
-        if reserved is not None and self._node.fits(reserved.request):
-            return self._head(reserved)[1]
+        if reserved is not None and self._node.fits(reserved.shape.request):
+            return reserved
         best: DemandClass | Dedicated | None = None
         best_turn = (0, 0)
         for shape in self._waiting:
             if reserved is None:
                 if not self._node.fits(shape.request):
                     continue
-            elif not self._node.fits_beside(shape.request, reserved.request):
+            elif not self._node.fits_beside(shape.request, reserved.shape.request):
                 continue
             turn, waiter = self._head(shape)
             if best is None or turn < best_turn:
@@ -429,7 +429,7 @@ class LeaseScheduler:
         else:
             del client.waiting[demand.class_id]
             shape.dequeue(demand)
-            self._waits_no_more(shape)
+            self._waits_no_more(demand)
 
     def _refresh_dedicated(self, dedicated: Dedicated) -> None:
         shape = dedicated.shape
@@ -445,7 +445,7 @@ class LeaseScheduler:
             self._fairness.begins(dedicated)
         else:
             del shape.dedicated[dedicated.token]
-            self._waits_no_more(shape)
+            self._waits_no_more(dedicated)
 
     def _report(self, entry: DemandClass | Dedicated, due: bool) -> None:
         if due and not entry.reported:
@@ -457,7 +457,7 @@ class LeaseScheduler:
         self._waiting[shape] = None
         self._fairness.ask_again(shape)
 
-    def _waits_no_more(self, shape: Shape) -> None:
-        if not shape.is_waiting():
-            del self._waiting[shape]
-            self._fairness.granted(shape)
+    def _waits_no_more(self, waiter: DemandClass | Dedicated) -> None:
+        self._fairness.settled(waiter)
+        if not waiter.shape.is_waiting():
+            del self._waiting[waiter.shape]

@@ -76,7 +76,7 @@ class DemandClass:
 
     __slots__ = (
         "client", "class_id", "job_id", "shape", "want", "held", "turn", "since_ms", "backoff_ms", "timer", "due_ms",
-        "fresh", "waiting", "entry", "reported",
+        "fresh", "waiting", "entry", "reported", "reserve_ms",
     )  # fmt: skip
 
     def __init__(self, client: Client, class_id: int, job_id: bytes, shape: Shape) -> None:
@@ -100,6 +100,8 @@ class DemandClass:
         """The number of its entry in its shape's heap while it waits, or else 0."""
         self.reported = False
         """Its client has been told that the node can never give it."""
+        self.reserve_ms = 0.0
+        """How long its last reservation was, if that came to nothing."""
 
 
 class Dedicated:
@@ -107,6 +109,7 @@ class Dedicated:
 
     __slots__ = (
         "token", "shape", "turn", "since_ms", "backoff_ms", "timer", "due_ms", "waiting", "reported", "lease_id",
+        "reserve_ms",
     )  # fmt: skip
 
     def __init__(self, token: Hashable, shape: Shape, turn: int, now_ms: float) -> None:
@@ -120,6 +123,7 @@ class Dedicated:
         self.waiting = False
         self.reported = False
         self.lease_id = 0
+        self.reserve_ms = 0.0
 
 
 class Lease:
@@ -145,7 +149,7 @@ class Shape:
 
     __slots__ = (
         "request", "amounts", "cpu", "rest", "names", "names_blocked", "feasible", "dedicated", "waiting",
-        "reserve_ms", "reserve_again_ms", "_heap", "_stale", "__weakref__",
+        "_heap", "_stale", "__weakref__",
     )  # fmt: skip
 
     def __init__(self, request: ResourceSet, feasible: bool) -> None:
@@ -162,9 +166,6 @@ class Shape:
         """Waiting allocations for actors, oldest first."""
         self.waiting: dict[Client, int] = {}
         """Clients with unmet demand here, and in how many classes."""
-        self.reserve_ms = 0.0
-        """How long its last reservation was that came to nothing."""
-        self.reserve_again_ms = _LONG_AGO_MS
         self._heap: list[tuple[int, int, int, DemandClass]] = []
         self._stale = 0
 

@@ -1,12 +1,12 @@
 """The arena: the shared memory of one node, as its processes map it.
 
-Role: shell. A `memfd` has no name, so nothing is ever left in `/dev/shm`; workers inherit its descriptor, a driver opens it
-through `/proc`. Writers use one read-write map of the whole arena; each reader of an object gets a read-only map of
-that object alone, and the map is alive exactly as long as anything that looks into it (numpy arrays, slices,
+Role: shell. A `memfd` has no name, so nothing is ever left in `/dev/shm`; workers inherit its descriptor, a driver
+opens it through `/proc`. Writers use one read-write map of the whole arena; each reader of an object gets a read-only
+map of that object alone, and the map is alive exactly as long as anything that looks into it (numpy arrays, slices,
 memoryviews): the buffer protocol keeps it, and its finaliser tells.
 
-Rejected: `multiprocessing.shared_memory` (named files, a tracker process); one read-only map for all (nothing tells when the
-last view of one object is gone); SCM_RIGHTS for drivers (the handshake would have to carry descriptors).
+Rejected: `multiprocessing.shared_memory` (named files, a tracker process); one read-only map for all (nothing tells
+when the last view of one object is gone); SCM_RIGHTS for drivers (the handshake would have to carry descriptors).
 """
 
 from __future__ import annotations

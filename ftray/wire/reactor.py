@@ -69,7 +69,7 @@ class Link:
     """One connection. `send` queues; the reactor flushes. `peer` and `tag` are the handler's to use."""
 
     __slots__ = (
-        "accept_handler", "closed", "decoder", "dirty", "fd", "handler", "handshake", "hello", "incoming", "on_open",
+        "accept_handler", "closed", "decoder", "dirty", "error", "fd", "handler", "handshake", "hello", "incoming", "on_open",
         "out", "peer", "reactor", "role", "sock", "tag", "watchdog", "writing",
     )  # fmt: skip
 
@@ -82,6 +82,8 @@ class Link:
         self.peer: Any = None
         self.tag: Any = None
         self.incoming = False
+        self.error: Exception | None = None
+        """Why the handshake or a message was refused, for `on_closed`."""
         self.handshake: ClientHandshake | ServerHandshake | None = None
         self.on_open: Callable[[Link], None] | None = None
         self.accept_handler: Callable[[Link], Handler | None] | None = None
@@ -445,8 +447,7 @@ class Reactor:
         link.out.clear()
         handler, link.handler = link.handler, None
         if handler is not None:
-            if error is not None:
-                link.tag = error
+            link.error = error
             try:
                 handler.on_closed(link, reason)
             except Exception as failure:
@@ -507,14 +508,12 @@ class Reactor:
         return timer
 
     def next_timer_s(self) -> float:
-        """Seconds until the next timer is due; infinity when there is none."""
-        timers = self._timers
-        while timers and timers[0][2].cancelled:
-            try:
-                heapq.heappop(timers)
-            except IndexError:
-                break
-        return max(0.0, timers[0][0] - time.monotonic()) if timers else float("inf")
+        """Seconds until the next timer is due (a cancelled one counts), infinity when there is none. Needs no lock."""
+        try:
+            due = self._timers[0][0]
+        except IndexError:
+            return float("inf")
+        return max(0.0, due - time.monotonic())
 
     def run_timers(self) -> None:
         """Runs what is due, under the lock."""

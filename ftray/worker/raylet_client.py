@@ -121,7 +121,7 @@ class RayletClient:
 
     def on_closed(self, link: Link, reason: str) -> None:
         core = self.core
-        error = link.tag if isinstance(link.tag, FtrayError) else None
+        error = link.error if isinstance(link.error, FtrayError) else None
         if not core.is_driver:
             # A worker without its raylet has no resources and no owner to answer to.
             os._exit(0 if core.closed else 1)

@@ -434,8 +434,8 @@ class Submitter:
         lease = link.tag
         if isinstance(lease, Lease):
             self._lease_lost(lease, reason)
-        elif isinstance(lease, FtrayError):
-            log.error("a worker refused the task channel: %s", lease)
+        if link.error is not None:
+            log.error("a worker refused the task channel: %s", link.error)
 
     def _lease_lost(self, lease: Lease, reason: str) -> None:
         """The worker died: what it had goes to another one, or fails with the cause of its death."""

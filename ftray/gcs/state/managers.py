@@ -165,6 +165,11 @@ class ActorManager:
             self._placement.hold(actor_id, actor.node_id, to_units(actor.resources))
         elif actor is None or self._proposal_of(actor) is None:
             self._room |= self._placement.release(actor_id)
+        last_life = actor_id + b"/last"
+        if actor is not None and actor.leftover is not None:
+            self._placement.hold(last_life, actor.leftover.node_id, to_units(actor.resources))
+        else:
+            self._room |= self._placement.release(last_life)
         if actor is None:
             self._forget(actor_id)
         else:

@@ -1,0 +1,138 @@
+"""`ftray status`: what the cluster is doing, as one of its nodes sees it.
+
+Role: shell. Asks the node and shows its answer in tables; `--json` passes it on as it is.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ftray.cli.options import json_option, session_root_option
+from ftray.cli.output import finish
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+WORKERS_SHOWN = 40
+
+
+@click.command("status")
+@click.option("--address", metavar="HOST:PORT", envvar="FTRAY_ADDRESS", help="Cluster to show.  [default: the newest]")
+@session_root_option
+@json_option
+def command(address: str | None, session_root: str | None, as_json: bool) -> None:
+    """Show the nodes, resources, workers, jobs and actors of the cluster.
+
+    It asks a node of the cluster on this machine, the one that was started last unless --address names a head.
+
+    \b
+    Examples:
+      ftray status
+      ftray status --address 10.0.0.5:6380
+      ftray status --json | jq .resources
+
+    \b
+    Exit codes:
+      0  shown
+      1  the node does not answer
+      3  no cluster was found on this machine
+    """
+
+    def body() -> dict[str, Any]:
+        from ftray.cli.find import ask, local_session
+
+        answer = ask(local_session(session_root, address), "status")
+        assert isinstance(answer, dict)
+        return answer
+
+    finish(as_json, body, _show)
+
+
+def _show(status: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    console = Console()
+    node = status["node"]
+    kind = "head" if node["head"] else "node"
+    heads = ", ".join(each.removeprefix("tcp:") for each in node["gcs_endpoints"] if each.startswith("tcp:"))
+    where = f", heads {heads}" if heads else ""
+    console.print(f"[bold]{kind} {node['node_id'][:12]}[/], process {node['pid']}{where}")
+    if not node.get("gcs_connected", True):
+        console.print("[red]the GCS is not connected: tasks go on, new actors and jobs wait[/]")
+    gcs = status.get("gcs")
+    if gcs and len(gcs["nodes"]) > 1:
+        console.print(_nodes(gcs["nodes"]))
+    console.print(_resources(status["resources"], status.get("store") or {}))
+    if gcs:
+        counts = [
+            f"{table}: " + (", ".join(f"{count} {state.lower()}" for state, count in states.items()) or "none")
+            for table, states in gcs["counts"].items()
+        ]
+        console.print("  ".join(counts))
+    if status["workers"]:
+        console.print(_workers(status))
+    for demand in status.get("demands", ()):
+        lack = demand.get("missing")
+        waiting = demand["want"] - demand["held"]
+        if waiting > 0:
+            console.print(f"waiting: {waiting} more of {demand['name'] or 'an actor'}" + (f" ({lack})" if lack else ""))
+    for row in status.get("infeasible", ()):
+        console.print(f"[red]can never run:[/] {row['name'] or 'a task'}: {row['missing']}")
+
+
+def _table(*columns: str) -> Table:
+    from rich.table import Table as RichTable
+
+    table = RichTable(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column)
+    return table
+
+
+def _nodes(nodes: list[dict[str, Any]]) -> Table:
+    table = _table("node", "state", "host", "process", "resources")
+    for node in sorted(nodes, key=lambda node: (node["state"], node["node_id"])):
+        offers = ", ".join(f"{amount(name, each)} {name}" for name, each in sorted(node["resources"].items()))
+        row = (node["node_id"][:12], node["state"].lower(), node["hostname"], str(node["pid"]), offers)
+        table.add_row(*row, style="" if node["state"] == "ALIVE" else "dim")
+    return table
+
+
+def _resources(resources: dict[str, dict[str, float]], store: dict[str, Any]) -> Table:
+    table = _table("resource", "in use", "total")
+    total, available = resources["total"], resources["available"]
+    for name in sorted(total):
+        used = total[name] - available.get(name, 0)
+        table.add_row(name, amount(name, used), amount(name, total[name]))
+    stored, capacity = store.get("used_bytes"), store.get("capacity_bytes")
+    if isinstance(stored, int) and isinstance(capacity, int):
+        table.add_row("object store", size(stored), size(capacity))
+    return table
+
+
+def _workers(status: dict[str, Any]) -> Table:
+    table = _table("worker", "process", "state", "job", "runs")
+    actors = {actor["actor_id"]: actor["class_name"] for actor in status.get("actors", ())}
+    for worker in status["workers"][:WORKERS_SHOWN]:
+        runs = actors.get(worker["actor_id"], "") or worker["running"]
+        state = worker["state"].lower() + (", waits in get" if worker["blocked"] else "")
+        table.add_row(worker["worker_id"][:12], str(worker["pid"]), state, worker["job_id"], runs)
+    if len(status["workers"]) > WORKERS_SHOWN:
+        table.add_row(f"and {len(status['workers']) - WORKERS_SHOWN} more", "", "", "", "")
+    return table
+
+
+def amount(name: str, value: float) -> str:
+    """A resource amount for people: bytes for memory, a plain number otherwise."""
+    return size(int(value)) if "memory" in name else f"{value:g}"
+
+
+def size(size_bytes: int) -> str:
+    """A number of bytes for people: `1.5 GiB`."""
+    value, units = float(size_bytes), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while abs(value) >= 1024 and len(units) > 1:
+        value /= 1024
+        del units[0]
+    return f"{value:.0f} {units[0]}" if value == int(value) or value >= 100 else f"{value:.1f} {units[0]}"

@@ -1,0 +1,149 @@
+"""The node process: `python -m ftray.raylet.main`, started by `init`, the command line and test clusters.
+
+Role: shell. Reads one line of JSON from standard input (`spec.py`), makes the node, writes one line of JSON to
+standard output when it is a member of its cluster (or can't be), then serves until it is told to stop, by a signal, a
+tool, or the end of standard input.
+
+Rules: no trio and no thread before the template is forked; everything is imported by then that both will need. The
+ready line is the last thing on the starter's pipes: from then on, output goes to `raylet.log`.
+
+Rejected: argument parsing (the starter is a program); a daemon that detaches itself (the starter puts it into a
+session).
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import os
+import resource
+import signal
+import sys
+from typing import Any
+
+import trio
+
+from ftray.exceptions import FtrayError
+from ftray.raylet.node import Node
+from ftray.raylet.spec import parse_spec
+from ftray.raylet.template import name_process
+from ftray.wire.loop import drive
+
+log = logging.getLogger("ftray.raylet")
+
+SPEC_BYTES_MAX = 1 << 20
+
+
+def read_line(fd: int) -> bytes:
+    """The first line of `fd`, and not a byte more. Raises FtrayError."""
+    line = bytearray()
+    while not line.endswith(b"\n"):
+        data = os.read(fd, 1)
+        if not data:
+            break
+        line += data
+        if len(line) > SPEC_BYTES_MAX:
+            raise FtrayError("the specification of the node is too long")
+    if not line.strip():
+        raise FtrayError("the specification of the node is missing: one line of JSON on standard input")
+    return bytes(line)
+
+
+def say(answer: dict[str, Any]) -> None:
+    """The one line for the starter."""
+    try:
+        os.write(1, json.dumps(answer).encode() + b"\n")
+    except OSError:
+        pass  # the starter is gone; the lifeline will tell
+
+
+def raise_descriptor_limit() -> None:
+    """Each worker costs three descriptors, and the usual limit is 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        except (OSError, ValueError):
+            pass
+
+
+def to_log(path: str) -> None:
+    """From now on, what this process prints and logs goes to the session's log."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(fd, 1)
+    os.dup2(fd, 2)
+    os.close(fd)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s", force=True)
+
+
+async def serve(node: Node) -> None:
+    """Runs the node until it stops."""
+    stopped = trio.Event()
+    node.on_stop = stopped.set
+    if node.stopping:
+        return
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(drive, node.reactor)
+            nursery.start_soon(_on_signal, node, signals)
+            await stopped.wait()
+            nursery.cancel_scope.cancel()
+
+
+async def _on_signal(node: Node, signals: Any) -> None:
+    async for signum in signals:
+        node.stop(f"{signal.Signals(signum).name} arrived")
+
+
+def watch_lifeline(node: Node) -> None:
+    """Stops the node when its starter is gone."""
+
+    def readable() -> None:
+        try:
+            data = os.read(0, 4096)
+        except OSError:
+            data = b""
+        if not data:
+            node.reactor.unwatch(0)
+            node.stop("the program that started this node is gone")
+
+    with node.reactor.lock:
+        node.reactor.watch(0, readable)
+
+
+def main() -> int:
+    """Runs a node process; returns its exit code."""
+    raise_descriptor_limit()
+    name_process("ftray:node")
+    try:
+        node = Node(parse_spec(read_line(0)), os.environ)
+    except (FtrayError, OSError) as error:
+        say({"ok": False, "error": str(error)})
+        return 1
+    try:
+        node.join()
+    except (FtrayError, OSError) as error:
+        say({"ok": False, "error": str(error)})
+        node.exit_code = 1
+        node.close()
+        return 1
+    say({"ok": True, **node.ready(), "token": node.info.token.hex()})
+    to_log(node.log_path)
+    gc.freeze()
+    try:
+        if node.spec.lifeline:
+            watch_lifeline(node)
+        trio.run(serve, node)
+    except BaseException:
+        log.exception("the node failed")
+        node.exit_code = 1
+    node.close()
+    return node.exit_code
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # all is done: the interpreter's own clean-up would only take time

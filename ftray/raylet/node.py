@@ -1,0 +1,301 @@
+"""A node: everything that one node process is made of, from its specification to its end.
+
+Role: shell. `Node` makes the parts in the order in which they need each other (session, arena, template, reactor, GCS,
+raylet), joins the cluster, and takes all apart again. `main.py` is the process around it.
+
+Rules: the template is forked before anything else has descriptors to inherit; the ready line is given when the node
+is a member of the cluster, so that whoever reads it can connect. A stop is complete: workers and template reaped, files
+removed.
+
+Rejected: the GCS of a head as a process of its own (one more to start, to watch and to lose; it takes 2 % of a core).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgspec
+
+from ftray.config import Config, config_from
+from ftray.gcs.client import GcsClient
+from ftray.gcs.state.commands import DeathCauseRecord, KvPut, MarkNodeDead, RegisterNode
+from ftray.gcs.state.tables import Code, KvRecord, Record, Result, Table, kv_key
+from ftray.ids import NODE_ID_BYTES
+from ftray.raylet import session
+from ftray.raylet.forking import TemplateSpec, fork_template
+from ftray.raylet.spec import NodeSpec, SpecError, endpoints_of, resources_of, store_bytes_of, token_of
+from ftray.store.arena import Arena
+from ftray.wire.handshake import ANY_CLUSTER, ROLE_CLIENT, ROLE_GCS, ROLE_RAYLET, ROLE_TOOL
+from ftray.wire.messages import GcsHeartbeat, Message, NodeFenced
+from ftray.wire.reactor import Handler, Link, Reactor
+
+log = logging.getLogger("ftray.raylet")
+
+JOIN_TIMEOUT_MS = 10_000.0
+LEAVE_TIMEOUT_MS = 100.0
+GRACE_MS = 300
+"""How long workers may take to exit by themselves when the node stops."""
+TIDY_PERIOD_MS = 1_000
+CLUSTER_NAMESPACE = "ftray.cluster"
+_INCARNATION = 1
+"""A node draws its id when it starts, so each id lives once."""
+
+
+class _Idle:
+    """Handler of links on which nobody has anything to say: the GCS's probes."""
+
+    def on_message(self, link: Link, message: Message, payload: bytes | bytearray) -> None:
+        link.close("nothing is expected on this link")
+
+    def on_closed(self, link: Link, reason: str) -> None:
+        """Nothing was kept."""
+
+
+class Node:
+    """See the module. Made before trio and threads; raises FtrayError or OSError if it can't be."""
+
+    def __init__(self, spec: NodeSpec, environ: Mapping[str, str]) -> None:
+        self.spec = spec
+        self.exit_code = 0
+        self.stopping = ""
+        """Why the node stops, once it does."""
+        self.on_stop: Callable[[], None] = lambda: None
+        self._parts: list[Callable[[], None]] = []
+        """What is to be undone, in reverse order."""
+        token = token_of(spec, environ)
+        try:
+            config = config_from(environ, spec.config)
+        except ValueError as error:
+            raise SpecError(str(error)) from None
+        resources = resources_of(spec)
+        store_bytes = store_bytes_of(spec)
+        root = spec.session_root or session.default_root()
+        session.clean_dead_sessions(root)
+        self.session_dir = session.create_session(root)
+        self._parts.append(lambda: session.clean_session(self.session_dir))
+        try:
+            self._make(token, config, resources, store_bytes)
+        except BaseException:
+            self._undo()
+            raise
+
+    def _make(self, token: bytes, config: Config, resources: dict[str, float], store_bytes: int) -> None:
+        session_dir = self.session_dir
+        session.write_token(session_dir, token)
+        arena = Arena.create(store_bytes)
+        self._parts.append(arena.close)
+        self.log_path = os.path.join(session_dir, "logs", "raylet.log")
+        template_spec = TemplateSpec(arena.fd, self.log_path, self.spec.worker_entry, self.spec.worker_start)
+        template = fork_template(template_spec)
+        # Not before the fork: what the template does not need, it does not have.
+        from ftray.raylet.raylet import NodeInfo, Raylet
+        from ftray.raylet.store_service import StoreService
+
+        node_id = os.urandom(NODE_ID_BYTES)
+        cluster_id = os.urandom(len(ANY_CLUSTER)) if self.spec.head else ANY_CLUSTER
+        self.reactor = Reactor(config, token, cluster_id, name="node")
+        self._parts.append(self.reactor.close)
+        endpoints = self._host_gcs(cluster_id) if self.spec.head else endpoints_of(self.spec.address or "")
+        self.gcs = GcsClient(
+            self.reactor, endpoints, node_id, node_id, on_other=self._from_gcs, on_connected=self._gcs_connected
+        )
+        self._parts.append(self.gcs.close)
+        self.info = NodeInfo(
+            node_id=node_id, cluster_id=cluster_id, head=self.spec.head, resources=resources,
+            labels=self.spec.labels or {}, session_dir=session_dir,
+            raylet_endpoint=f"unix:{session_dir}/sockets/raylet.sock", gcs_endpoints=tuple(endpoints),
+            arena_fd=arena.fd, arena_bytes=store_bytes, token=token,
+        )  # fmt: skip
+        store = StoreService(self.reactor, arena, node_id)
+        self.raylet = Raylet(self.reactor, self.info, self.gcs, store, template, template_spec)
+        self._parts.append(self.raylet.processes.forker.close)
+        self.reactor.listen(self.info.raylet_endpoint, self._accept)
+        self._registered_endpoint = self.info.raylet_endpoint
+        if not self.spec.head or self.spec.port is not None:
+            # Heads on other machines look here whether this process is alive.
+            self._registered_endpoint = self.reactor.listen(f"tcp:{self.spec.host}:0", self._accept)
+        self._registered = False
+        self._failure = ""
+
+    def _host_gcs(self, cluster_id: bytes) -> list[str]:
+        from ftray.gcs.replica import SingleReplica
+        from ftray.gcs.server import GcsServer
+
+        spec, reactor = self.spec, self.reactor
+        fsync = spec.fsync if spec.fsync is not None else spec.port is not None
+        endpoint = f"unix:{self.session_dir}/sockets/gcs.sock"
+        replica = SingleReplica(os.path.join(self.session_dir, "gcs"), cluster_id, fsync=fsync, endpoint=endpoint)
+        self._parts.append(replica.close)
+        server = GcsServer(reactor, replica, reactor.config)
+        self._parts.append(server.close)
+        endpoints = [reactor.listen(endpoint, server.accept)]
+        if spec.port is not None:
+            endpoints.append(reactor.listen(f"tcp:{spec.host}:{spec.port}", server.accept))
+        return endpoints
+
+    def _accept(self, link: Link) -> Handler | None:
+        from ftray.raylet.tools import ToolHandler
+
+        if self.stopping:
+            return None
+        if link.role == ROLE_CLIENT:
+            return self.raylet
+        if link.role == ROLE_TOOL:
+            return ToolHandler(self.raylet, self.stop)
+        return _Idle() if link.role in (ROLE_RAYLET, ROLE_GCS) else None
+
+    # --- joining ------------------------------------------------------------------------------------------------------
+
+    def join(self) -> None:
+        """Becomes a member of the cluster. Drives the reactor until then. Raises SpecError if that fails."""
+        with self.reactor.lock:
+            if self.spec.head:
+                self._register()
+                self.raylet.leases.settle_soon()
+            else:
+                self.gcs.read(Table.KV, kv_key(CLUSTER_NAMESPACE, b"id"), self._cluster_known, wait=True)
+            self.reactor.flush_dirty()
+        self._pump(JOIN_TIMEOUT_MS, lambda: self._registered or bool(self._failure))
+        if not self._registered:
+            raise SpecError(self._failure or str(self.gcs.unavailable()))
+        with self.reactor.lock:
+            self.reactor.call_later(0, self._heartbeat)
+            self.reactor.call_later(TIDY_PERIOD_MS, self._tidy)
+        session.write_node_json(self.session_dir, {**self.ready(), "started": time.time()})
+
+    def ready(self) -> dict[str, Any]:
+        """What the starter is told, and the session's `node.json`; the token is not in it."""
+        info = self.info
+        return {
+            "pid": os.getpid(),
+            "node_id": info.node_id.hex(),
+            "cluster_id": info.cluster_id.hex(),
+            "raylet_endpoint": info.raylet_endpoint,
+            "gcs_endpoints": list(info.gcs_endpoints),
+            "session_dir": info.session_dir,
+            "head": info.head,
+        }
+
+    def _cluster_known(self, record: Record | None) -> None:
+        """A node that joins learns the cluster's id and settings, so that all agree."""
+        if not isinstance(record, KvRecord):
+            self._failure = "the head does not say which cluster it is: is it another version of ftray?"
+            return
+        cluster_id, settings = msgspec.msgpack.decode(record.value, type=tuple[bytes, dict[str, Any]])
+        self.info.cluster_id = self.reactor.cluster_id = cluster_id
+        own = {**settings, **self.spec.config}
+        config = config_from({}, own)
+        self.reactor.config = config
+        self.raylet.adopt_config(config)
+        self._register()
+        self.raylet.leases.settle_soon()
+
+    def _register(self) -> None:
+        info = self.info
+        if info.head:
+            value = msgspec.msgpack.encode((info.cluster_id, msgspec.structs.asdict(self.reactor.config)))
+            self.gcs.command(KvPut(CLUSTER_NAMESPACE, b"id", value), lambda result: None)
+        command = RegisterNode(
+            info.node_id, self._registered_endpoint, info.resources, info.labels, _INCARNATION, os.uname().nodename,
+            os.getpid(),
+        )  # fmt: skip
+        self.gcs.command(command, self._register_answered)
+
+    def _register_answered(self, result: Result) -> None:
+        if result.ok:
+            self._registered = True
+        elif result.code == Code.FENCED:
+            self._fenced(result.message)
+        elif not self.stopping:
+            self._failure = f"the GCS refuses this node: {result.message or result.code}"
+            log.error("%s", self._failure)
+
+    def _pump(self, timeout_ms: float, until: Callable[[], bool]) -> bool:
+        """Drives the reactor from here."""
+        deadline_ms = self.reactor.now_ms() + timeout_ms
+        with self.reactor.reader:
+            while not until():
+                left_ms = deadline_ms - self.reactor.now_ms()
+                if left_ms <= 0:
+                    return False
+                self.reactor.poll(min(left_ms / 1000.0, self.reactor.next_timer_s(), 1.0))
+        return True
+
+    # --- the GCS ------------------------------------------------------------------------------------------------------
+
+    def _from_gcs(self, message: Message, payload: bytes | bytearray) -> None:
+        if isinstance(message, NodeFenced):
+            self._fenced(message.reason)
+        else:
+            self.raylet.from_gcs(message, payload)
+
+    def _gcs_connected(self, connected: bool) -> None:
+        if connected and self._registered and not self.stopping:
+            self._register()  # a head that has lost its memory learns of this node again
+        if not connected and not self.stopping:
+            log.warning("the connection to the GCS is lost; what runs here goes on")
+
+    def _fenced(self, reason: str) -> None:
+        self._failure = f"this node is fenced: {reason}"
+        self.exit_code = 1
+        self.stop(self._failure)
+
+    def _heartbeat(self) -> None:
+        self.gcs.send(GcsHeartbeat(self.info.node_id, self.raylet.leases.scheduler.available))
+        self.reactor.call_later(self.reactor.config.heartbeat_period_ms, self._heartbeat)
+
+    def _tidy(self) -> None:
+        self.raylet.leases.tidy(self.reactor.now_ms())
+        self.reactor.call_later(TIDY_PERIOD_MS, self._tidy)
+
+    # --- the end ------------------------------------------------------------------------------------------------------
+
+    def stop(self, reason: str) -> None:
+        """Asks the node to stop; the process around it then calls `close`. May be repeated."""
+        if not self.stopping:
+            self.stopping = reason
+            log.info("stopping: %s", reason)
+            self.on_stop()
+
+    def close(self) -> None:
+        """Ends everything. Nothing drives the reactor any more but this."""
+        raylet = self.raylet
+        if not self.spec.lifeline and self.exit_code == 0:
+            self._let_workers_go()
+        raylet.stopping = True
+        if not self.info.head and self._registered and self.exit_code == 0:
+            self._leave()
+        raylet.processes.forker.close()
+        with self.reactor.lock:
+            for process in raylet.processes.by_id.values():
+                if process.logs is not None:
+                    raylet.logs.finish(process.logs)
+        self._undo()
+
+    def _let_workers_go(self) -> None:
+        with self.reactor.lock:
+            self.raylet.tell_workers_to_exit("the node stops")
+            self.reactor.flush_dirty()
+        self._pump(GRACE_MS, lambda: not self.raylet.processes.by_id)
+
+    def _leave(self) -> None:
+        """Tells the cluster, which would find out by itself, later."""
+        info = self.info
+        cause = DeathCauseRecord(info.node_id.hex(), os.getpid(), what="node", reason=self.stopping)
+        left: list[Result] = []
+        with self.reactor.lock:
+            self.gcs.command(MarkNodeDead(info.node_id, _INCARNATION, cause), left.append)
+            self.reactor.flush_dirty()
+        self._pump(LEAVE_TIMEOUT_MS, lambda: bool(left))
+
+    def _undo(self) -> None:
+        while self._parts:
+            part = self._parts.pop()
+            try:
+                part()
+            except Exception:
+                log.exception("a part of the node could not be ended")

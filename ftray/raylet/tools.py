@@ -1,0 +1,233 @@
+"""Answers to command-line tools: what this node is doing, its logs, its objects; and the request to stop.
+
+Role: shell. Each `ToolQuery` gets one `ToolReply` with JSON, or with an error that says what to ask instead. What the
+GCS knows is asked there, for at most `GCS_WAIT_MS`; a node whose GCS is away still answers for itself.
+
+Rejected: a table of fields to choose from (the command line can leave out what it does not show).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from ftray.exceptions import ProtocolError
+from ftray.gcs.state.tables import ActorRecord, JobRecord, NodeRecord, Record, Table
+from ftray.raylet.logs import list_logs, tail_log
+from ftray.wire.messages import Message, ToolQuery, ToolReply
+from ftray.wire.reactor import Link, Timer
+
+if TYPE_CHECKING:
+    from ftray.raylet.raylet import Raylet
+
+GCS_WAIT_MS = 1_000
+TAIL_LINES = 100
+_TABLES = (Table.NODES, Table.JOBS, Table.ACTORS)
+
+
+class ToolHandler:
+    """Handler of links with ROLE_TOOL."""
+
+    def __init__(self, raylet: Raylet, stop: Callable[[str], None]) -> None:
+        self._raylet = raylet
+        self._stop = stop
+
+    def on_message(self, link: Link, message: Message, payload: bytes | bytearray) -> None:
+        if type(message) is not ToolQuery:
+            raise ProtocolError(f"a raylet takes no {type(message).__name__} from a tool")
+        arguments = message.arguments
+        try:
+            if message.what == "status":
+                self._status(link, message.request)
+                return
+            answer = self._simple(message.what, arguments)
+        except ValueError as error:
+            link.send(ToolReply(message.request, str(error)))
+            return
+        _reply(link, message.request, answer)
+        if message.what == "stop":
+            link.flush()
+            self._stop("a tool asked this node to stop")
+
+    def on_closed(self, link: Link, reason: str) -> None:
+        """Nothing is kept for a tool."""
+
+    def _simple(self, what: str, arguments: dict[str, Any]) -> Any:
+        raylet = self._raylet
+        if what == "logs":
+            return {"directory": raylet.logs.directory, "files": list_logs(raylet.logs.directory)}
+        if what == "log_tail":
+            name, lines = arguments.get("file"), arguments.get("lines", TAIL_LINES)
+            if not isinstance(name, str) or not isinstance(lines, int):
+                raise ValueError("log_tail needs the name of a file, and the number of lines as a whole number")
+            return {"file": name, "lines": tail_log(raylet.logs.directory, name, lines)}
+        if what == "memory":
+            return {"store": raylet.store.usage(), "objects": raylet.store.rows()}
+        if what == "stop":
+            return {"stopping": True, "pid": os.getpid()}
+        raise ValueError(f"{what!r} is no query: ask for status, logs, log_tail, memory or stop")
+
+    # --- status -------------------------------------------------------------------------------------------------------
+
+    def _status(self, link: Link, request: int) -> None:
+        gcs = self._raylet.gcs
+        tables: dict[Table, dict[bytes, Record]] = {}
+        handles: list[int] = []
+        timer: list[Timer] = []
+
+        def finish() -> None:
+            for handle in handles:
+                gcs.cancel_read(handle)
+            for each in timer:
+                each.cancel()
+            _reply(link, request, {**self.local_status(), "gcs": _gcs_status(tables) if tables else None})
+
+        def got(table: Table, rows: dict[bytes, Record]) -> None:
+            tables[table] = rows
+            if len(tables) == len(_TABLES):
+                finish()
+
+        def reader(table: Table) -> Callable[[dict[bytes, Record]], None]:
+            return lambda rows: got(table, rows)
+
+        timer.append(self._raylet.reactor.call_later(GCS_WAIT_MS, finish))
+        for table in _TABLES:
+            handles.append(gcs.read_all(table, reader(table)))
+
+    def local_status(self) -> dict[str, Any]:
+        """What this node knows itself."""
+        raylet = self._raylet
+        info, scheduler = raylet.info, raylet.leases.scheduler
+        return {
+            "node": {
+                "node_id": info.node_id.hex(),
+                "pid": os.getpid(),
+                "head": info.head,
+                "labels": info.labels,
+                "session_dir": info.session_dir,
+                "raylet_endpoint": info.raylet_endpoint,
+                "gcs_endpoints": list(info.gcs_endpoints),
+                "gcs_connected": raylet.gcs.connected,
+            },
+            "resources": {"total": scheduler.total, "available": scheduler.available},
+            "workers": self._workers(),
+            "drivers": [
+                {
+                    "worker_id": client.worker_id.hex(),
+                    "pid": client.pid,
+                    "job_id": client.job_id.hex(),
+                    "entrypoint": client.entrypoint,
+                }
+                for client in raylet.clients.by_id.values()
+                if client.driver
+            ],
+            "leases": [self._lease(row) for row in scheduler.leases()],
+            "demands": [self._demand(row) for row in scheduler.demands()],
+            "infeasible": [
+                {
+                    "client": client_id.hex(),
+                    "class_id": class_id,
+                    "name": self._class(client_id, class_id),
+                    "missing": text,
+                }
+                for (client_id, class_id), text in raylet.leases.infeasible.items()
+            ],
+            "actors": [
+                {
+                    "actor_id": actor.actor_id.hex(),
+                    "incarnation": actor.incarnation,
+                    "class_name": actor.class_name,
+                    "stage": actor.stage.name,
+                    "job_id": actor.job_id.hex(),
+                    "worker_id": actor.worker_id.hex(),
+                    "stopping": actor.stopping,
+                }
+                for actor in raylet.actors.hosted.values()
+            ],
+            "store": raylet.store.usage(),
+        }
+
+    def _workers(self) -> list[dict[str, Any]]:
+        raylet = self._raylet
+        rows = []
+        for worker in raylet.leases.pool.workers.values():
+            process = raylet.processes.by_id.get(worker.worker_id)
+            client = raylet.clients.by_id.get(worker.worker_id)
+            actor = raylet.actors.in_worker(worker.worker_id)
+            rows.append(
+                {
+                    "worker_id": worker.worker_id.hex(),
+                    "pid": process.pid if process is not None else 0,
+                    "state": worker.state.name,
+                    "job_id": worker.job_id.hex(),
+                    "blocked": worker.blocked,
+                    "lease_id": client.lease_id if client is not None else 0,
+                    "running": raylet.what_it_runs(client) if client is not None else "",
+                    "actor_id": actor.actor_id.hex() if actor is not None else "",
+                }
+            )
+        return rows
+
+    def _lease(self, row: Any) -> dict[str, Any]:
+        lease = self._raylet.leases.given.get(row.lease_id)
+        return {
+            "lease_id": row.lease_id,
+            "owner": row.client.hex(),
+            "name": self._class(row.client, row.class_id),
+            "actor": _token(row.token),
+            "job_id": row.job_id.hex(),
+            "worker_id": lease.worker_id.hex() if lease is not None else "",
+            "resources": dict(row.resources),
+            "blocked": row.blocked,
+            "recalled": row.recalled,
+        }
+
+    def _demand(self, row: Any) -> dict[str, Any]:
+        return {
+            "client": row.client.hex(),
+            "class_id": row.class_id,
+            "name": self._class(row.client, row.class_id),
+            "actor": _token(row.token),
+            "job_id": row.job_id.hex(),
+            "want": row.want,
+            "held": row.held,
+            "resources": dict(row.resources),
+            "missing": row.missing,
+        }
+
+    def _class(self, client_id: bytes, class_id: int) -> str:
+        client = self._raylet.clients.by_id.get(client_id)
+        return client.class_names.get(class_id, "") if client is not None else ""
+
+
+def _token(token: Any) -> str:
+    return token[0].hex() if isinstance(token, tuple) else ""
+
+
+def _gcs_status(tables: dict[Table, dict[bytes, Record]]) -> dict[str, Any]:
+    counts: dict[str, dict[str, int]] = {}
+    nodes = []
+    for table, rows in tables.items():
+        states: dict[str, int] = {}
+        for record in rows.values():
+            if isinstance(record, NodeRecord | JobRecord | ActorRecord):
+                states[record.state.name] = states.get(record.state.name, 0) + 1
+            if isinstance(record, NodeRecord):
+                nodes.append(
+                    {
+                        "node_id": record.node_id.hex(),
+                        "state": record.state.name,
+                        "hostname": record.hostname,
+                        "pid": record.pid,
+                        "endpoint": record.endpoint,
+                        "resources": record.resources,
+                    }
+                )
+        counts[table.value] = states
+    return {"counts": counts, "nodes": nodes}
+
+
+def _reply(link: Link, request: int, answer: Any) -> None:
+    link.send(ToolReply(request), json.dumps(answer).encode())
