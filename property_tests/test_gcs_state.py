@@ -318,13 +318,35 @@ class GcsMachine(RuleBasedStateMachine):
         self.watched: dict[tuple[Table, bytes], Any] = {}
         self.watched_revision = 0
 
-    @initialize()
-    def begin(self) -> None:
-        for node_id in NODES[:2]:
+    @initialize(restarts=st.lists(st.sampled_from([0, 1, 1, 2, -1]), min_size=4, max_size=4))
+    def begin(self, restarts: list[int]) -> None:
+        """Three nodes, a job, its actor, an actor owned by that, one owned by that again, and a detached one."""
+        for node_id in NODES:
             self.send(b"", c.RegisterNode(node_id, "e", {}, {}, 1, "h", 1))
         self.send(b"", c.AddJob(JOBS[0], WORKERS[0], 1, NODES[0], "m", "ns"))
-        for actor_id, owner in ((ACTORS[0], WORKERS[0]), (ACTORS[1], None)):
-            self.send(b"", c.RegisterActor(actor_id, JOBS[0], owner, NODES[0], "X", "", "", 1, owner is None))
+        owner, node = WORKERS[0], NODES[0]
+        for number, actor_id in enumerate(ACTORS[:3]):
+            self.send(b"", c.RegisterActor(actor_id, JOBS[0], owner, node, "X", "", "", restarts[number]))
+            for _ in range(2):
+                self.step_forward(b"", actor_id, number)
+            owner, node = self.twin.actors[actor_id].worker, self.twin.actors[actor_id].node
+        self.send(b"", c.RegisterActor(ACTORS[3], JOBS[0], None, b"", "X", "p", "", restarts[3], True))
+
+    def step_forward(self, client: bytes, actor_id: bytes, choice: int) -> None:
+        """What its manager and raylet would do next with the actor."""
+        actor = self.twin.actors.get(actor_id)
+        nodes = [node for node in NODES if self.twin.nodes.get(node, (0, False))[1]]
+        if actor is None or not nodes:
+            return
+        if actor.left and choice % 2:
+            self.send(client, c.WorkerDied(actor.left[2] or WORKERS[-1], actor.left[1], CAUSE))
+        elif actor.left:
+            self.send(client, c.ActorDied(actor_id, actor.left[0], CAUSE))
+        elif actor.state in (ActorState.PENDING, ActorState.RESTARTING):
+            self.send(client, c.ActorPlacing(actor_id, actor.incarnation, nodes[choice % len(nodes)]))
+        elif actor.state is ActorState.PLACING:
+            worker = b"fresh%d" % self.sequence
+            self.send(client, c.ActorAlive(actor_id, actor.incarnation, worker.ljust(16, b"."), "e", actor.node, 1))
 
     def send(self, client: bytes, command: Any) -> None:
         """A new command of a client: exactly the effect that the twin expects."""
@@ -358,12 +380,26 @@ class GcsMachine(RuleBasedStateMachine):
 
     clients = st.sampled_from([b"", *CLIENTS])
 
+    @rule(client=clients, actor=actor_ids, choice=st.integers(0, 5))
+    def forward(self, client: bytes, actor: bytes, choice: int) -> None:
+        self.step_forward(client, actor, choice)
+
+    @rule(client=clients, actor=actor_ids, choice=st.integers(0, 5))
+    def forward_again(self, client: bytes, actor: bytes, choice: int) -> None:
+        self.step_forward(client, actor, choice)
+
+    @rule(client=clients, actor=actor_ids)
+    def actors_worker_died(self, client: bytes, actor: bytes) -> None:
+        known = self.twin.actors.get(actor)
+        if known and known.state is ActorState.ALIVE:
+            self.send(client, c.WorkerDied(known.worker, known.node, CAUSE))
+
     @rule(client=clients, node=node_ids, off=near)
     def register_node(self, client: bytes, node: bytes, off: int) -> None:
         incarnation = max(0, self.twin.nodes.get(node, (1, True))[0] + off)
         self.send(client, c.RegisterNode(node, "e", {}, {}, incarnation, "h", 1))
 
-    @rule(client=clients, node=node_ids, off=near)
+    @rule(client=clients, node=st.sampled_from([NODES[1], NODES[1], NODES[2], NODES[2], NODES[0]]), off=near)
     def mark_node_dead(self, client: bytes, node: bytes, off: int) -> None:
         incarnation = max(0, self.twin.nodes.get(node, (1, True))[0] + off)
         self.send(client, c.MarkNodeDead(node, incarnation, CAUSE))
@@ -376,7 +412,7 @@ class GcsMachine(RuleBasedStateMachine):
     def finish_job(self, client: bytes, job: bytes) -> None:
         self.send(client, c.FinishJob(job))
 
-    @rule(client=clients, worker=worker_ids, node=node_ids)
+    @rule(client=clients, worker=st.sampled_from(WORKERS[2:]), node=node_ids)
     def worker_died(self, client: bytes, worker: bytes, node: bytes) -> None:
         self.send(client, c.WorkerDied(worker, node, CAUSE))
 
@@ -412,7 +448,7 @@ class GcsMachine(RuleBasedStateMachine):
         get: bool,
     ) -> None:
         creator = self.twin.actors.get(by) if by else None
-        if creator and creator.state is ActorState.ALIVE and by != actor:
+        if creator and creator.state is ActorState.ALIVE and by != actor and owner is not None:
             owner, node, job = creator.worker, creator.node, creator.job
         self.send(
             client,

@@ -461,13 +461,15 @@ def choose(pool: Sequence[bytes], chosen: Iterable[int]) -> list[bytes]:
 
 masks = st.integers(0, 3)
 fresh = st.sampled_from((False, False, True))
+call = st.tuples(st.just("call"), process_numbers, process_numbers, numbers, masks, picks, fresh)
 actions = st.one_of(
     st.tuples(st.just("put"), process_numbers, picks),
     st.tuples(st.just("drop"), process_numbers, numbers),
-    st.tuples(st.just("drop_all"), process_numbers),
+    st.tuples(st.sampled_from(("drop", "drop", "drop_all")), process_numbers),
     st.tuples(st.just("submit"), process_numbers, process_numbers, some_picks, st.booleans()),
-    st.tuples(st.just("call"), process_numbers, process_numbers, numbers, masks, picks, fresh),
     st.tuples(st.just("finish"), numbers, masks, picks, fresh),
+    call,
+    call,
     st.tuples(st.just("fetch"), process_numbers, numbers, st.booleans()),
     st.tuples(st.just("deliver"), st.integers(0, 15), st.integers(1, 4)),
     st.tuples(st.just("rush")),
@@ -488,12 +490,18 @@ class References(RuleBasedStateMachine):
         self.kept = 0
         self.slow = (0, 0)
 
-    @initialize(eager=st.booleans(), source=process_numbers, to=process_numbers, kept=numbers)
-    def choose_weather(self, eager: bool, source: int, to: int, kept: int) -> None:
+    @initialize(opening=st.booleans(), eager=st.booleans(), source=process_numbers, to=process_numbers, kept=numbers)
+    def choose_weather(self, opening: bool, eager: bool, source: int, to: int, kept: int) -> None:
         """One link is slow. Where the rest is eager, all else arrives at once: most races are two or three messages."""
         self.eager, self.kept = eager, kept
         source %= self.processes
         self.slow = (source, (source + 1 + to % (self.processes - 1)) % self.processes)
+        if opening:
+            # 1 borrows the object that 0 owns, and owns one that contains it; 2 borrows that.
+            self.world.put(0, ())
+            self.call(0, 0, 0, 1, [], False)
+            self.world.put(1, self.world.processes[1].refs)
+            self.call(1, 1, 0, 1, [], False)
 
     def at(self, number: int) -> int:
         """A live process."""
@@ -510,7 +518,7 @@ class References(RuleBasedStateMachine):
         at = self.at(number)
         self.world.put(at, choose(self.world.processes[at].pool(), chosen))
 
-    def drop(self, number: int, index: int) -> None:
+    def drop(self, number: int, index: int = 0) -> None:
         at = self.holder(number)
         refs = self.world.processes[at].refs
         if refs:

@@ -12,6 +12,8 @@ from importlib import import_module
 
 import click
 
+from ftray import __version__
+
 EXIT_CODES = """\b
 Exit codes:
   0  done
@@ -53,7 +55,7 @@ class _Commands(click.Group):
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog=EXIT_CODES,
 )
-@click.version_option(package_name="ftray", message="ftray %(version)s")
+@click.version_option(__version__, message="ftray %(version)s")
 def main() -> None:
     """ftray runs Python functions and classes on many processes and machines, and keeps them running when some die.
 

@@ -158,7 +158,7 @@ def check_port_free(host: str, port: int) -> None:
 def port_in_use(host: str, port: int) -> Failure:
     """The failure to report when somebody else listens there."""
     holder, pid = _holder(port)
-    if holder and "ftray" in holder:
+    if "(ftray" in holder:
         remedy = "a head runs already: join it with `ftray start --address`, stop it with `ftray stop`, or take --port"
     else:
         remedy = f"choose another port with --port (0 takes a free one){', or stop that process' if holder else ''}"
@@ -173,7 +173,9 @@ def _holder(port: int) -> tuple[str, int | None]:
             if connection.status == psutil.CONN_LISTEN and connection.laddr and connection.laddr.port == port:
                 if connection.pid is None:
                     return "another user's process", None
-                command = " ".join(psutil.Process(connection.pid).cmdline())[:80]
+                process = psutil.Process(connection.pid)
+                name = process.name()  # a node says what it is by its name
+                command = name if name.startswith("ftray") else " ".join(process.cmdline())[:80]
                 return f"process {connection.pid} ({command})", connection.pid
     except (psutil.Error, OSError):
         pass

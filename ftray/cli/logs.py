@@ -65,7 +65,7 @@ def command(
         of_worker = (f"worker-{worker}.out", f"worker-{worker}.err")
         wanted = [name for name in names if (name == file if file else name in of_worker)]
         if not wanted:
-            what = f"there is no log file {file}" if file else f"no worker with process id {worker} has printed anything"
+            what = f"there is no log file {file}" if file else f"no worker with process id {worker} has printed"
             raise Failure(what, f"`ftray logs` lists the files in {directory}", available=names)
         shown = [{"file": name, "lines": _tail(directory / str(name), lines)} for name in wanted]
         return {"directory": str(directory), "logs": shown}

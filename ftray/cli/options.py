@@ -96,7 +96,8 @@ def session_root_option(function: F) -> F:
     return click.option(
         "--session-root",
         type=click.Path(file_okay=False),
-        help="Folder of the sessions (sockets, logs, token).  [default: /tmp/ftray-UID]",
+        envvar="FTRAY_SESSION_ROOT",
+        help="Folder of the sessions; FTRAY_SESSION_ROOT sets it for programs too.  [default: /tmp/ftray-UID]",
     )(function)
 
 

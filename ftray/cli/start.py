@@ -155,18 +155,16 @@ def _show(answer: dict[str, Any], blocking: bool) -> None:
     if answer["address"]:
         lines.append(("Join another node", f"FTRAY_TOKEN=$(cat TOKEN_FILE) ftray start --address {answer['address']}"))
     root = answer["session_root"]
+    if root != default_root():
+        lines.insert(0, ("First", f"export FTRAY_SESSION_ROOT={root}"))
     lines += [
         ("The token file", f"{answer['token_file']} (copy it to machines that join, by a safe way)"),
-        ("Look at it", "ftray status" + _root_option(root)),
+        ("Look at it", "ftray status"),
         ("Logs", os.path.join(answer["session_dir"], "logs")),
-        ("Stop it", "Ctrl-C" if blocking else "ftray stop" + _root_option(root)),
+        ("Stop it", "Ctrl-C" if blocking else "ftray stop"),
     ]
     for what, how in lines:
         click.echo(f"  {what + ':':<20} {how}")
-
-
-def _root_option(root: str) -> str:
-    return "" if root == default_root() else f" --session-root {root}"
 
 
 def _block(spec: dict[str, Any], as_json: bool) -> None:
@@ -178,12 +176,12 @@ def _block(spec: dict[str, Any], as_json: bool) -> None:
     except Failure as failure:
         report(as_json, failure)
         sys.exit(failure.exit_code)
-    if as_json:
-        click.echo(json.dumps({"ok": True, **answer}))
-    else:
-        _show(answer, blocking=True)
     assert process.stdin is not None
     try:
+        if as_json:
+            click.echo(json.dumps({"ok": True, **answer}))
+        else:
+            _show(answer, blocking=True)
         code = process.wait()
     except KeyboardInterrupt:
         process.stdin.close()  # the lifeline

@@ -62,9 +62,10 @@ def _show(status: dict[str, Any]) -> None:
     if not node.get("gcs_connected", True):
         console.print("[red]the GCS is not connected: tasks go on, new actors and jobs wait[/]")
     gcs = status.get("gcs")
-    if gcs and len(gcs["nodes"]) > 1:
+    several = bool(gcs) and len(gcs["nodes"]) > 1
+    if several:
         console.print(_nodes(gcs["nodes"]))
-    console.print(_resources(status["resources"], status.get("store") or {}))
+    console.print(_resources(status["resources"], status.get("store") or {}, "on this node" if several else "resource"))
     if gcs:
         counts = [
             f"{table}: " + (", ".join(f"{count} {state.lower()}" for state, count in states.items()) or "none")
@@ -100,8 +101,8 @@ def _nodes(nodes: list[dict[str, Any]]) -> Table:
     return table
 
 
-def _resources(resources: dict[str, dict[str, float]], store: dict[str, Any]) -> Table:
-    table = _table("resource", "in use", "total")
+def _resources(resources: dict[str, dict[str, float]], store: dict[str, Any], title: str) -> Table:
+    table = _table(title, "in use", "total")
     total, available = resources["total"], resources["available"]
     for name in sorted(total):
         used = total[name] - available.get(name, 0)

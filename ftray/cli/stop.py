@@ -51,6 +51,8 @@ def command(force: bool, session_root: str | None, as_json: bool) -> None:
 
 def started_by_command(session: dict[str, Any]) -> bool:
     """Whether the session is one of `ftray start`: it can be reached by TCP, or has joined one that can."""
+    if session.get("embedded"):
+        return False
     return any(str(endpoint).startswith("tcp:") for endpoint in session.get("gcs_endpoints", ()))
 
 

@@ -21,7 +21,7 @@ from ftray.scheduling.resources import parse_resources
 TOKEN_BYTES = 32
 STORE_SHARE = 0.3
 """The part of the memory that the object store may use."""
-STORE_BYTES_MIN = 16 << 20
+STORE_BYTES_MIN = 1 << 20
 HEAP_SHARE = 0.6
 """The part of the memory that tasks may ask for."""
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -118,8 +118,8 @@ def store_bytes_of(spec: NodeSpec) -> int:
     """The size of the object store. Raises SpecError."""
     if spec.object_store_bytes is None:
         return max(int(memory_bytes() * STORE_SHARE), STORE_BYTES_MIN)
-    if spec.object_store_bytes < 0:
-        raise SpecError(f"object_store_bytes={spec.object_store_bytes} is negative")
+    if spec.object_store_bytes < STORE_BYTES_MIN:
+        raise SpecError(f"object_store_bytes={spec.object_store_bytes}: the least is {STORE_BYTES_MIN}")
     return spec.object_store_bytes
 
 

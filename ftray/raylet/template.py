@@ -30,6 +30,7 @@ import socket
 import sys
 import traceback
 import types
+from array import array
 from collections import deque
 from typing import Any, NoReturn
 
@@ -40,6 +41,7 @@ LATER_MS = 500
 LATER = ("asyncio", "concurrent.futures")
 """Imported when nothing has been asked for `LATER_MS`: what many workers want, but not the first ones."""
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+_FDS = array("i")
 _PR_SET_PDEATHSIG, _PR_SET_NAME, _PR_SET_CHILD_SUBREAPER = 1, 15, 36
 
 
@@ -164,19 +166,17 @@ class Template:
     def _read_requests(self) -> None:
         while not self._over:
             try:
-                data, fds, _, _ = socket.recv_fds(
-                    self._sock, MESSAGE_BYTES_MAX, 2, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
-                )
+                data, fds = receive(self._sock)
             except BlockingIOError:
                 return
             except OSError:
-                data, fds = b"", []
+                data, fds = b"", ()
             if not data:
                 self._over = True
                 return
             request = _decode_request(data)
             if isinstance(request, Fork):
-                self._queue.append((request, tuple(fds)))
+                self._queue.append((request, fds))
             else:
                 self._kill(request.worker_id)
 
@@ -281,6 +281,20 @@ def _kill_group(pid: int) -> None:
         pass
     except PermissionError:  # a member has become another user's: the leader is still ours
         os.kill(pid, signal.SIGKILL)
+
+
+def receive(sock: socket.socket) -> tuple[bytes, tuple[int, ...]]:
+    """One message and the descriptors that came with it, without waiting. Raises OSError.
+
+    Not `socket.recv_fds`: it ignores its flags.
+    """
+    flags = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+    data, ancillary, _, _ = sock.recvmsg(MESSAGE_BYTES_MAX, socket.CMSG_SPACE(2 * _FDS.itemsize), flags)
+    fds = array("i")
+    for level, kind, content in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
+    return data, tuple(fds)
 
 
 def close_all_but(fds: tuple[int, ...]) -> None:

@@ -146,8 +146,8 @@ class ObjectTable:
     """
 
     __slots__ = (
-        "_allocator", "_cached", "_clients", "_doomed", "_evictable_bytes", "_evicted_total", "_freed_count", "_objects",
-        "_owned", "_released", "_waiters",
+        "_allocator", "_cached", "_clients", "_doomed", "_evictable_bytes", "_evicted_total", "_freed_count",
+        "_objects", "_owned", "_released", "_waiters",
     )  # fmt: skip
 
     def __init__(self, capacity_bytes: int) -> None:
@@ -340,15 +340,10 @@ class ObjectTable:
         """Every object here, with all that keeps it."""
         for entry in self._all():
             yield ObjectRow(
-                entry.object_id,
-                entry.offset,
-                entry.size,
+                entry.object_id, entry.offset, entry.size,
                 "freed" if entry.doomed else "sealed" if entry.sealed else "creating",
-                entry.owner,
-                entry.creator,
-                entry.primary,
-                dict(entry.pins),
-            )
+                entry.owner, entry.creator, entry.primary, dict(entry.pins),
+            )  # fmt: skip
 
     def check(self) -> None:
         """Raises AssertionError if the books are not consistent. Linear; for tests and simulation."""
@@ -398,15 +393,9 @@ class ObjectTable:
         return None
 
     def _full(self, room: int, evicted: list[bytes]) -> Full:
-        allocator = self._allocator
-        return Full(
-            room,
-            allocator.free_bytes,
-            allocator.biggest_free_bytes,
-            self._evictable_bytes,
-            allocator.capacity_bytes,
-            tuple(evicted),
-        )
+        a = self._allocator
+        evictable = self._evictable_bytes
+        return Full(room, a.free_bytes, a.biggest_free_bytes, evictable, a.capacity_bytes, tuple(evicted))
 
     def _not_released(self, object_id: bytes, client: bytes, held: int, n: int) -> StoreError:
         if held and self._writing(object_id, client) is not None:

@@ -70,6 +70,8 @@ log = logging.getLogger("ftray.worker")
 FLUSH_BYTES = 65536
 FLUSH_AFTER_S = 0.001
 TICK_MS = 5
+IDLE_EXIT = "idle"
+"""The reason in `ExitWorker` that a worker may refuse."""
 
 
 class ChannelGreeting:
@@ -112,6 +114,7 @@ class Executor:
         self.forked = False
         self.exiting = ""
         self.running: PushTask | PushActorTask | None = None
+        self.main_thread = threading.get_ident()
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.reactor.watch(self._wake_fd, self._woken)
         self.greeting = ChannelGreeting(self)
@@ -153,6 +156,8 @@ class Executor:
         """A push. Also called by the loop while it drains the channels for a blocked or busy main thread."""
         if isinstance(message, PushTask | PushActorTask):
             self.pending.append((link, message, payload))
+            if threading.get_ident() != self.main_thread:
+                self.wake()  # what came in one piece with the greeting is handed over by the loop
         else:
             self.reactor.drop(link, f"unexpected {type(message).__name__} on a task channel")
 
@@ -210,9 +215,18 @@ class Executor:
         if isinstance(message, CreateActor):
             self.create_actor(message, payload)
         elif isinstance(message, ExitWorker):
+            if message.reason == IDLE_EXIT and self._is_needed():
+                return
             if self.actor is not None:
                 self.actor.finish(self)
             self.exiting = message.reason or "asked to exit"
+
+    def _is_needed(self) -> bool:
+        """Whether objects that others may want live here: then an idle worker stays."""
+        core = self.core
+        with core.lock:
+            core.drain()
+            return bool(core.entries or self.pending)
 
     def arm_tick(self) -> None:
         """A reply waits to be written while a task runs: the loop sees to it in a moment."""

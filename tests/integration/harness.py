@@ -1,4 +1,4 @@
-"""What the integration tests share: drivers in processes of their own, waiting for a condition, and looking for leftovers.
+"""What the integration tests share: drivers in processes of their own, waiting for a condition, finding leftovers.
 
 Imported as `integration.harness`, in tests and (cheaply: standard library and ftray alone) inside tasks.
 

@@ -1,7 +1,8 @@
-"""The template process: forks, kills, reaps, and leaves nothing behind. Real processes, forked from an executed template."""
+"""The template process: forks, kills, reaps, leaves nothing. Real processes, forked from an executed template."""
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import signal
@@ -21,6 +22,7 @@ from ftray.raylet.template import (
     Kill,
     Reaped,
     Report,
+    Template,
     decode_report,
     encode,
 )
@@ -110,7 +112,7 @@ def test_a_worker_inherits_nothing_but_what_it_should(harness: Harness) -> None:
     out, err = harness.fork(b"w1", "report")
     text, errors = read_all(out, err)
     assert errors == b""
-    expected = ["0", "1", "2", str(harness.arena_fd)]
+    expected = [0, 1, 2, harness.arena_fd]
     assert text.decode().strip() == f"{expected} True [True, True] True True None"
     for fd in fds:
         os.close(fd)
@@ -183,20 +185,31 @@ def test_workers_end_when_the_template_is_killed(harness: Harness) -> None:
     read_all(*fds)
 
 
-def test_a_fork_that_fails_is_an_answer(harness: Harness) -> None:
-    fds = harness.fork(b"w0", "sleep")
-    assert isinstance(harness.report(), Forked)
-    # The limit counts processes of the user, and root is free of it; so let there be no room for the child's memory.
-    import resource
+def test_a_fork_that_fails_is_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    template = Template(theirs, "raylet_worker:obey", "raylet_worker:Order", ())
 
-    size = int(Path(f"/proc/{harness.process.pid}/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.prlimit(harness.process.pid, resource.RLIMIT_NPROC, (0, 0))
-    more = harness.fork(b"w1", "exit")
-    report = harness.report()
-    if os.geteuid() != 0:
-        assert isinstance(report, ForkFailed)
-        assert "cannot fork" in report.error
-    assert size > 0
-    os.close(fds[0])
-    os.close(fds[1])
-    read_all(*more)
+    def no_fork() -> int:
+        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(os, "fork", no_fork)
+    read_end, write_end = os.pipe()
+    template._fork(Fork(b"w1", b""), (write_end,), None, None)
+    assert decode_report(ours.recv(65536)) == ForkFailed(b"w1", "cannot fork: Resource temporarily unavailable")
+    assert read_all(read_end) == [b""]  # its end has been closed
+    ours.close()
+    theirs.close()
+
+
+def test_a_worker_that_is_killed_before_it_is_forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    template = Template(theirs, "raylet_worker:obey", "raylet_worker:Order", ())
+    read_end, write_end = os.pipe()
+    socket.send_fds(ours, [encode(Fork(b"w1", b""))], [write_end])
+    os.close(write_end)
+    ours.send(encode(Kill(b"w1")))
+    template._read_requests()
+    assert decode_report(ours.recv(65536)) == ForkFailed(b"w1", "not wanted any more")
+    assert read_all(read_end) == [b""]
+    ours.close()
+    theirs.close()
