@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ftray.store.allocator import Allocator
@@ -26,7 +26,8 @@ def gap_around(pages: bytearray, start: int) -> int:
     return last - first
 
 
-@given(st.lists(st.one_of(st.integers(1, 20 * ALIGNMENT), st.integers(-60, 0)), max_size=120))
+@settings(max_examples=2 * settings().max_examples)
+@given(st.lists(st.one_of(st.integers(1, 20 * ALIGNMENT), st.integers(-60, 0)), min_size=20, max_size=120))
 def test_like_an_array_of_pages(steps: list[int]) -> None:
     """A positive step allocates that many bytes; another frees one of the live blocks."""
     allocator = Allocator(PAGES * ALIGNMENT, ALIGNMENT)

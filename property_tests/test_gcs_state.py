@@ -132,7 +132,8 @@ class Twin:
             more = {
                 actor_id
                 for actor_id, actor in self.actors.items()
-                if actor.owner is None and actor.job == job_id
+                if actor.owner is None
+                and actor.job == job_id
                 or (actor.owner in hosts and actor.state is not ActorState.DEAD)
             }
             if more <= kept:
@@ -320,17 +321,22 @@ class GcsMachine(RuleBasedStateMachine):
 
     @initialize(restarts=st.lists(st.sampled_from([0, 1, 1, 2, -1]), min_size=4, max_size=4))
     def begin(self, restarts: list[int]) -> None:
-        """Three nodes, a job, its actor, an actor owned by that, one owned by that again, and a detached one."""
+        """Three nodes, a job, its actor, and a detached one that owns an actor that owns another, on the same node."""
         for node_id in NODES:
             self.send(b"", c.RegisterNode(node_id, "e", {}, {}, 1, "h", 1))
         self.send(b"", c.AddJob(JOBS[0], WORKERS[0], 1, NODES[0], "m", "ns"))
-        owner, node = WORKERS[0], NODES[0]
-        for number, actor_id in enumerate(ACTORS[:3]):
-            self.send(b"", c.RegisterActor(actor_id, JOBS[0], owner, node, "X", "", "", restarts[number]))
+        owners: list[bytes | None] = [WORKERS[0], None, None, None]
+        node = NODES[0]
+        for number, actor_id in enumerate(ACTORS[:4]):
+            owner = owners[number]
+            self.send(
+                b"", c.RegisterActor(actor_id, JOBS[0], owner, node, "X", "", "", restarts[number], owner is None)
+            )
             for _ in range(2):
-                self.step_forward(b"", actor_id, number)
-            owner, node = self.twin.actors[actor_id].worker, self.twin.actors[actor_id].node
-        self.send(b"", c.RegisterActor(ACTORS[3], JOBS[0], None, b"", "X", "p", "", restarts[3], True))
+                self.step_forward(b"", actor_id, min(number, 1))
+            node = self.twin.actors[actor_id].node
+            if number in (1, 2):
+                owners[number + 1] = self.twin.actors[actor_id].worker
 
     def step_forward(self, client: bytes, actor_id: bytes, choice: int) -> None:
         """What its manager and raylet would do next with the actor."""
@@ -455,6 +461,12 @@ class GcsMachine(RuleBasedStateMachine):
             c.RegisterActor(actor, job, owner, node, "X", name, "", restarts, owner is None, get_if_exists=get),
         )
 
+    @rule(client=clients, actor=actor_ids)
+    def kill_and_place(self, client: bytes, actor: bytes) -> None:
+        """Placed again at once: refused while the killed process may still run."""
+        self.send(client, c.KillActor(actor, False, ""))
+        self.send(client, c.ActorPlacing(actor, self.incarnation(actor, 0), NODES[0]))
+
     @rule(client=clients, actor=actor_ids, off=near, node=node_ids)
     def actor_placing(self, client: bytes, actor: bytes, off: int, node: bytes) -> None:
         self.send(client, c.ActorPlacing(actor, self.incarnation(actor, off), node))
@@ -524,9 +536,7 @@ class GcsMachine(RuleBasedStateMachine):
         store, twin = self.state.store, self.twin
         assert {(r.namespace, r.key): r.value for r in store.kv.values()} == twin.kv
         assert {k: (r.incarnation, r.state is NodeState.ALIVE) for k, r in store.nodes.items()} == twin.nodes
-        found_jobs = {
-            k: (r.driver_worker_id, r.node_id, r.state is JobState.RUNNING) for k, r in store.jobs.items()
-        }
+        found_jobs = {k: (r.driver_worker_id, r.node_id, r.state is JobState.RUNNING) for k, r in store.jobs.items()}
         assert found_jobs == twin.jobs
         assert set(store.worker_failures) == twin.dead_workers
         found = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ftray.scheduling.leases import DedicatedGrant, Grant, LeaseScheduler
@@ -158,7 +158,8 @@ class Model:
                 self.total = total
 
 
-@given(st.lists(events, max_size=80))
+@settings(max_examples=4 * settings().max_examples)
+@given(st.lists(events, min_size=20, max_size=80))
 def test_resources_are_conserved_and_demand_is_respected(sequence: list[tuple[Any, ...]]) -> None:
     model = Model()
     for event in sequence:
@@ -179,7 +180,7 @@ def test_resources_are_conserved_and_demand_is_respected(sequence: list[tuple[An
 
 
 @given(
-    st.lists(st.tuples(clients, st.integers(0, 6)), min_size=1, max_size=10, unique=True),
+    st.lists(st.tuples(clients, st.integers(0, 6)), min_size=3, max_size=12, unique=True),
     st.integers(1, 40),
     st.randoms(use_true_random=False),
 )

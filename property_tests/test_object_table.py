@@ -10,7 +10,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ftray.store.table import UNSEALED, Created, Exists, Full, ObjectTable, Place, StoreError
@@ -205,7 +205,8 @@ class Twin:
         assert stats.evictable_bytes == sum(len(one.pages) for one in self.live if one.cached) * P
 
 
-@given(st.lists(events, max_size=60))
+@settings(max_examples=4 * settings().max_examples)
+@given(st.lists(events, min_size=20, max_size=80))
 def test_like_a_list_of_generations(sequence: list[tuple[Any, ...]]) -> None:
     twin = Twin()
     for event in sequence:

@@ -300,7 +300,14 @@ class World:
         self.run_effects(at)
 
     def leads_to(self, ref: bytes, target: bytes) -> bool:
-        return ref == target or any(self.leads_to(inner, target) for inner in self.planned.get(ref, ()))
+        seen: set[bytes] = set()
+        ahead = [ref]
+        while ahead and target not in seen:
+            at = ahead.pop()
+            if at not in seen:
+                seen.add(at)
+                ahead.extend(self.planned.get(at, ()))
+        return target in seen
 
     def fetch(self, at: int, outer: bytes, cache: bool) -> None:
         process = self.processes[at]
@@ -500,7 +507,7 @@ class References(RuleBasedStateMachine):
             # 1 borrows the object that 0 owns, and owns one that contains it; 2 borrows that.
             self.world.put(0, ())
             self.call(0, 0, 0, 1, [], False)
-            self.world.put(1, self.world.processes[1].refs)
+            self.world.put(1, tuple(self.world.processes[1].refs))
             self.call(1, 1, 0, 1, [], False)
 
     def at(self, number: int) -> int:
@@ -645,7 +652,7 @@ class FreesWithHandoffsPending(ReferenceTable):
     def handed_off(self, token: Token) -> None:
         receiver, object_ids = self._handoffs.get(token, (b"", ()))
         if receiver:
-            self._handoffs[token] = (receiver, [ref for ref in object_ids if ref in self.entries])
+            self._handoffs[token] = (receiver, tuple(ref for ref in object_ids if ref in self.entries))
         super().handed_off(token)
 
 

@@ -62,9 +62,10 @@ def _show(status: dict[str, Any]) -> None:
     if not node.get("gcs_connected", True):
         console.print("[red]the GCS is not connected: tasks go on, new actors and jobs wait[/]")
     gcs = status.get("gcs")
-    several = bool(gcs) and len(gcs["nodes"]) > 1
+    nodes = gcs["nodes"] if gcs else []
+    several = len(nodes) > 1
     if several:
-        console.print(_nodes(gcs["nodes"]))
+        console.print(_nodes(nodes))
     console.print(_resources(status["resources"], status.get("store") or {}, "on this node" if several else "resource"))
     if gcs:
         counts = [

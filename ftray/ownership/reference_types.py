@@ -5,7 +5,7 @@ Rules and reasons are in `ftray.ownership.references`, which gives all these nam
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from typing import Final, NamedTuple, TypeAlias
 
 import msgspec
@@ -57,7 +57,7 @@ class Entry:
         self.registration = COVERED  # of a borrowed entry
         self.pinned = False  # serialised out of band: never let go
         self.borrowers: set[bytes] | None = None  # of an owned entry: ids of registered workers
-        self.contains: Sequence[bytes] | None = None  # inner objects held while this entry lives
+        self.contains: tuple[bytes, ...] | None = None  # inner objects held while this entry lives
         self.covers: list[Wait | bytes] | None = None  # while registering: what to release afterwards
         self.guards: set[Token] | None = None  # of a borrowed entry: running tasks whose submitter covers it
         self.state: int = 0

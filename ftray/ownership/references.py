@@ -88,7 +88,7 @@ class ReferenceTable:
         self.effects: list[Effect] = []
         self._open_at = 0  # index in `effects` of the newest message to an owner, if that is still there
         self._tasks: dict[Token, dict[bytes, Entry] | None] = {}  # running tasks, and the borrowed entries they cover
-        self._handoffs: dict[Token, tuple[bytes, Sequence[bytes]]] = {}  # replies not acknowledged: receiver, objects
+        self._handoffs: dict[Token, tuple[bytes, tuple[bytes, ...]]] = {}  # replies not acknowledged: receiver, objects
         self._handoffs_to: dict[bytes, set[Token]] = {}
         self._borrowed_by: dict[bytes, set[bytes]] = {}  # borrower -> objects owned here
         self._borrowed_from: dict[bytes, set[bytes]] = {}  # owner -> objects borrowed here
@@ -239,7 +239,7 @@ class ReferenceTable:
             return
         for entry in [self.entries[object_id] for object_id in object_ids]:
             entry.handoffs += 1
-        self._handoffs[token] = (receiver, object_ids)
+        self._handoffs[token] = (receiver, tuple(object_ids))
         self._handoffs_to.setdefault(receiver, set()).add(token)
 
     def handed_off(self, token: Token) -> None:
@@ -445,7 +445,7 @@ class ReferenceTable:
 
     def _replace_contains(self, outer: Entry, inner_ids: Sequence[bytes]) -> None:
         before = outer.contains
-        outer.contains = inner_ids or None
+        outer.contains = tuple(inner_ids) or None  # a copy: the caller may change its list
         if before is not None:
             self._release_contained(before)
 
@@ -454,7 +454,7 @@ class ReferenceTable:
         if self._let_go(object_id, entry) and entry.contains is not None:
             self._release_contained(entry.contains)
 
-    def _release_contained(self, object_ids: Sequence[bytes]) -> None:
+    def _release_contained(self, object_ids: tuple[bytes, ...]) -> None:
         # A loop, since objects may contain each other in chains longer than the interpreter's stack.
         batches = [object_ids]
         while batches:

@@ -68,6 +68,8 @@ def parse_spec(line: bytes) -> NodeSpec:
         raise SpecError(f"the specification of the node is wrong: {error}") from None
     if not spec.head and not spec.address:
         raise SpecError("a node that is no head needs the address of one: host:port")
+    if spec.address:
+        endpoints_of(spec.address)
     return spec
 
 

@@ -69,8 +69,8 @@ class Link:
     """One connection. `send` queues; the reactor flushes. `peer` and `tag` are the handler's to use."""
 
     __slots__ = (
-        "accept_handler", "closed", "decoder", "dirty", "error", "fd", "handler", "handshake", "hello", "incoming", "on_open",
-        "out", "peer", "reactor", "role", "sock", "tag", "watchdog", "writing",
+        "accept_handler", "closed", "decoder", "dirty", "error", "fd", "handler", "handshake", "hello", "incoming",
+        "on_open", "out", "peer", "reactor", "role", "sock", "tag", "watchdog", "writing",
     )  # fmt: skip
 
     def __init__(self, reactor: Reactor, sock: socket.socket, handler: Handler | None, role: int) -> None:

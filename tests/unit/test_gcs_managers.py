@@ -50,7 +50,15 @@ class Leader:
     def register(self, actor_id: bytes = A, cpu: float = 1.0, restarts: int = 0, **more: Any) -> None:
         self.do(
             c.RegisterActor(
-                actor_id, JOB, DRIVER, N1, "Counter", max_restarts=restarts, resources={"CPU": cpu}, creation=b"x", **more
+                actor_id,
+                JOB,
+                DRIVER,
+                N1,
+                "Counter",
+                max_restarts=restarts,
+                resources={"CPU": cpu},
+                creation=b"x",
+                **more,
             )
         )
 

@@ -30,7 +30,6 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
 # --- commands ---------------------------------------------------------------------------------------------------------
 
 
-
 def test_a_command_takes_effect_and_its_result_comes_back(world: World) -> None:
     client = world.client()
     assert world.run(client, put(b"k")).value == 1
@@ -219,7 +218,6 @@ def test_only_gcs_clients_are_served(world: World) -> None:
 
 
 # --- reads ------------------------------------------------------------------------------------------------------------
-
 
 
 def test_reads_of_records_and_tables(world: World) -> None:

@@ -162,6 +162,23 @@ def test_a_nodes_death_restarts_its_actors_and_ends_what_its_workers_owned() -> 
     assert owned.leftover is not None and owned.leftover.node_id == N3
 
 
+def test_nothing_is_left_to_be_stopped_on_a_dead_node() -> None:
+    gcs = Gcs()
+    gcs.register(A)
+    worker = gcs.alive(A, N2)
+    gcs.register(B, owner=worker, node=N2)
+    owned = gcs.alive(B, N2)
+    gcs.register(C3, owner=owned, node=N2)
+    gcs.do(c.ActorOutOfScope(A))
+    gcs.do(c.MarkNodeDead(N2, 1, CAUSE))
+    assert [gcs.actor(each).leftover for each in (A, B, C3)] == [None] * 3
+    assert [gcs.actor(each).kind for each in (A, B, C3)] == [
+        DeathKind.OUT_OF_SCOPE,
+        DeathKind.OWNER_DIED,
+        DeathKind.OWNER_DIED,
+    ]
+
+
 def test_a_node_that_dies_before_the_actor_ran_costs_no_restart() -> None:
     gcs = Gcs()
     gcs.register()

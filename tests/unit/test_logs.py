@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from ftray.config import Config
 from ftray.raylet.logs import (
@@ -55,30 +53,6 @@ def test_a_marker_that_arrives_in_pieces_in_a_long_line() -> None:
     rest = splitter.feed(MARKER[half:] + b"name\nnext\n")
     assert rest[-1] == ("name", b"next")
     assert b"\x01" not in b"".join(text for _, text in rest)
-
-
-@given(
-    st.lists(
-        st.one_of(
-            st.binary(max_size=20).map(lambda data: data.replace(b"\x01", b"") + b"\n"),
-            st.sampled_from([MARKER + b"one\n", MARKER + b"two\n"]),
-        ),
-        max_size=20,
-    ),
-    st.lists(st.integers(0, 400), max_size=10),
-)
-def test_it_does_not_matter_how_the_stream_is_cut(parts: list[bytes], cuts: list[int]) -> None:
-    data = b"".join(parts)
-    whole = LineSplitter()
-    expected = whole.feed(data) + whole.finish()
-    splitter = LineSplitter()
-    found = []
-    start = 0
-    for cut in [*sorted(cuts), len(data)]:
-        if cut > start:
-            found += splitter.feed(data[start:cut])
-            start = cut
-    assert found + splitter.finish() == expected
 
 
 def test_files_rotate(tmp_path: Path) -> None:

@@ -35,8 +35,9 @@ from ftray.gcs.state.tables import (
 INFEASIBLE_AFTER_MS = 2_000
 SHORT_LIFE_MS = 300
 """An actor that fails sooner than this after its start may be in a crash loop."""
-SHORT_LIVES_FREE = 5
-"""So many short lives in a row are followed by a restart at once; then restarts are delayed, doubling."""
+SHORT_LIVES_FREE = 50
+"""So many short lives in a row are followed by a restart at once (someone may be killing it on purpose, to see it come
+back); then restarts are delayed, doubling."""
 RESTART_DELAY_MS = 50
 RESTART_DELAY_MAX_MS = 1_000
 

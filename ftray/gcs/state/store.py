@@ -118,10 +118,9 @@ class Store:
         return bool(self._undo)
 
     def commit(self, revision: int) -> list[Change]:
-        """Ends the command: its net changes, one for each record, in the order of the last write to each."""
+        """Ends the command: its net changes, one for each record."""
         last: dict[tuple[Table, bytes], Record | None] = {}
         for table, key, _, record in self._undo:
-            last.pop((table, key), None)
             last[table, key] = record
         self._undo.clear()
         return [Change(revision, table, key, record) for (table, key), record in last.items()]

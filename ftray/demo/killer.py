@@ -1,0 +1,124 @@
+"""SIGKILLs to processes of the demo's session, on a schedule from a seed, and how long each one was felt.
+
+Role: shell around a pure schedule. Victims are worker processes that the node's own status lists, so nothing else can be
+hit: one that is in a task according to the trace, or the one that hosts the gatherer.
+
+A recovery time is honest if it says from what to what: it is the time from just before the `kill` system call to the
+moment another process begins the task that was interrupted (for the gatherer: its constructor). Detection, choosing or
+forking a process and sending it the task are all in it; running the task is not. A kill that hits between two tasks
+interrupts nothing, and has no recovery time.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ftray.demo.job import GATHERER
+from ftray.demo.trace import History, clock_ms
+from ftray.exceptions import FtrayError
+
+WORKER = "worker"
+
+
+@dataclass(slots=True)
+class Kill:
+    """One SIGKILL that was sent."""
+
+    victim: str
+    """WORKER or GATHERER."""
+    pid: int
+    at_ms: float
+    """On the clock of the trace."""
+    task: str = ""
+    """What was interrupted; empty as long as that is not known, and if it was nothing."""
+    recovery_ms: float | None = None
+
+
+def schedule(rng: random.Random, kills: int, period_ms: float) -> list[tuple[float, str]]:
+    """When to kill (since the start) and whom: about one in each period; from three on the gatherer once, from six on
+    twice."""
+    times = [(number + rng.uniform(0.4, 1.0)) * period_ms for number in range(kills)]
+    gatherer = {round((kills - 1) * 0.35)} if kills >= 3 else set()
+    if kills >= 6:
+        gatherer.add(round((kills - 1) * 0.7))
+    return [(at_ms, GATHERER if number in gatherer else WORKER) for number, at_ms in enumerate(times)]
+
+
+class Killer:
+    """`step` is called every few milliseconds while the job runs, after the trace has been read.
+
+    `status` asks the node for its status; `on_kill` and `on_recovery` are told what happens.
+    """
+
+    def __init__(
+        self,
+        plan: list[tuple[float, str]],
+        rng: random.Random,
+        history: History,
+        status: Callable[[], Any],
+        on_kill: Callable[[Kill], None],
+        on_recovery: Callable[[Kill], None],
+    ) -> None:
+        self.kills: list[Kill] = []
+        self._plan = plan
+        self._rng = rng
+        self._history = history
+        self._status = status
+        self._on_kill = on_kill
+        self._on_recovery = on_recovery
+        self._started_ms = clock_ms()
+
+    def step(self) -> None:
+        """Does what is due."""
+        self.look()
+        if len(self.kills) < len(self._plan):
+            due_ms, victim = self._plan[len(self.kills)]
+            if clock_ms() - self._started_ms >= due_ms and not self._waiting(victim):
+                self._kill(victim)
+
+    def look(self) -> None:
+        """Looks which of the interrupted tasks have begun again."""
+        for kill in self.kills:
+            if kill.recovery_ms is None:
+                task = GATHERER if kill.victim == GATHERER else self._history.interrupted(kill.pid)
+                again_ms = self._history.began_again(task, kill.at_ms, kill.pid)
+                if again_ms is not None:
+                    kill.task = task
+                    kill.recovery_ms = again_ms - kill.at_ms
+                    self._on_recovery(kill)
+
+    def _waiting(self, victim: str) -> bool:
+        """Whether the last victim of this kind has not been replaced yet: one fault at a time, to tell them apart."""
+        last = next((kill for kill in reversed(self.kills) if kill.victim == victim), None)
+        return last is not None and last.recovery_ms is None and last.task != ""
+
+    def _kill(self, victim: str) -> None:
+        running = self._history.running()
+        if victim == WORKER and not running:
+            return
+        try:
+            workers = self._status()["workers"]
+        except FtrayError:  # the session is about to end
+            return
+        actors = [row["pid"] for row in workers if row["pid"] and row["actor_id"]]
+        if victim == GATHERER:
+            alive = {pid for pid, _ in self._history.begins.get(GATHERER, ())}
+            candidates = [pid for pid in actors if pid in alive and running.get(pid) != GATHERER]
+        else:
+            candidates = [row["pid"] for row in workers if row["pid"] in running and row["pid"] not in actors]
+        if not candidates:
+            return
+        pid = self._rng.choice(sorted(candidates))
+        at_ms = clock_ms()
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            return
+        kill = Kill(victim, pid, at_ms, GATHERER if victim == GATHERER else running.get(pid, ""))
+        self.kills.append(kill)
+        self._on_kill(kill)
