@@ -1,4 +1,4 @@
-"""The worker pool under any sequence of events: its counters are those that a scan gives, and nobody is in two places."""
+"""The worker pool under any sequence of events: its counters are those of a scan, and nobody is in two places."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ code does, which link delivers next, and who crashes (what it had sent arrives u
 
 *Safety*: after each step the twin computes from scratch which objects are reachable: from user code of live processes,
 from arguments of unfinished tasks, from messages on their way, and through values that contain references. None of
-these may have been freed. *Liveness*: at the end all references are dropped, messages drain, and all tables have to be
+these may have been freed. Now and then it probes a copy of the world for the worst that could happen next. *Liveness*: at the end all references are dropped, messages drain, and all tables have to be
 empty. (Tasks do not return values that make a cycle with their own result: counting references cannot free those.)
 
 A crash excuses only those who relied on it. Whoever holds a reference is registered, or relies on others ("sources");
@@ -15,8 +15,9 @@ count it. Canaries: tables with a planted bug, each of which the machine must ca
 
 from __future__ import annotations
 
+import copy
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -35,6 +36,7 @@ from ftray.ownership.reference_types import is_held
 from ftray.ownership.references import (
     COVERED,
     LOST,
+    REGISTERED,
     REGISTERING,
     AckReturns,
     AddBorrower,
@@ -425,8 +427,8 @@ class World:
                     self.check()
         return busy
 
-    def let_go(self, keeper: int | None, kept: int, slow: tuple[int, int] | None) -> None:
-        """User code ends everywhere and drops all references, but for one in the process `keeper`."""
+    def let_go(self, keeper: int | None, spared: Container[bytes], slow: tuple[int, int] | None) -> None:
+        """User code ends everywhere and drops all references, but for the spared ones in the process `keeper`."""
         busy = True
         while busy:
             busy = False
@@ -434,15 +436,29 @@ class World:
                 while process.alive and process.running:
                     busy = True
                     self.finish(at, next(iter(process.running)), -1 if at == keeper else 0, ())
-                spared = process.refs[kept % len(process.refs)] if at == keeper and process.refs else None
-                while process.alive and len(process.refs) > (spared is not None):
-                    busy = True
-                    self.drop(at, process.refs[0] == spared)
+                for ref in list(process.refs) if process.alive else ():
+                    if at != keeper or ref not in spared:
+                        busy = True
+                        self.drop(at, process.refs.index(ref))
             busy = self.rush(slow) or busy
+
+    def probe(self) -> None:
+        """Try the worst with each hold that the owner does not know of: all others let go, and it hears of us last."""
+        for at, process in enumerate(self.processes):
+            for ref, entry in process.table.entries.items() if process.alive else ():
+                owner = self.owners[ref]
+                if entry.owner is None or entry.registration >= REGISTERED or not self.processes[owner].alive:
+                    continue
+                pool = process.pool()
+                try:
+                    copy.deepcopy(self).let_go(at, {ref} if ref in pool else pool, (at, owner))
+                except Violation:
+                    self.broken = True
+                    raise
 
     def drain(self) -> None:
         """Drop everything, deliver everything; then nothing may be left."""
-        self.let_go(None, 0, None)
+        self.let_go(None, (), None)
         for at, process in enumerate(self.processes):
             if process.alive:
                 table = process.table
@@ -479,7 +495,7 @@ actions = st.one_of(
     call,
     st.tuples(st.just("fetch"), process_numbers, numbers, st.booleans()),
     st.tuples(st.just("deliver"), st.integers(0, 15), st.integers(1, 4)),
-    st.tuples(st.just("rush")),
+    st.tuples(st.sampled_from(("rush", "probe"))),
 )
 
 
@@ -494,21 +510,14 @@ class References(RuleBasedStateMachine):
         super().__init__()
         self.world = World(self.table, self.processes, self.audit)
         self.eager = False
-        self.kept = 0
         self.slow = (0, 0)
 
-    @initialize(opening=st.booleans(), eager=st.booleans(), source=process_numbers, to=process_numbers, kept=numbers)
-    def choose_weather(self, opening: bool, eager: bool, source: int, to: int, kept: int) -> None:
+    @initialize(eager=st.booleans(), source=process_numbers, to=process_numbers)
+    def choose_weather(self, eager: bool, source: int, to: int) -> None:
         """One link is slow. Where the rest is eager, all else arrives at once: most races are two or three messages."""
-        self.eager, self.kept = eager, kept
+        self.eager = eager
         source %= self.processes
         self.slow = (source, (source + 1 + to % (self.processes - 1)) % self.processes)
-        if opening:
-            # 1 borrows the object that 0 owns, and owns one that contains it; 2 borrows that.
-            self.world.put(0, ())
-            self.call(0, 0, 0, 1, [], False)
-            self.world.put(1, tuple(self.world.processes[1].refs))
-            self.call(1, 1, 0, 1, [], False)
 
     def at(self, number: int) -> int:
         """A live process."""
@@ -596,6 +605,9 @@ class References(RuleBasedStateMachine):
     def rush(self) -> None:
         self.world.rush(self.slow)
 
+    def probe(self) -> None:
+        self.world.probe()
+
     @rule(action=actions)
     def act(self, action: tuple[Any, ...]) -> None:
         # One rule for all: hypothesis would leave out some rules in each run, and most races need them all.
@@ -609,8 +621,7 @@ class References(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if not self.world.broken:
-            # The worst that can happen to whoever is behind the slow link, then the end.
-            self.world.let_go(self.slow[0], self.kept, self.slow)
+            self.world.probe()
             self.world.drain()
 
 

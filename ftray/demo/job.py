@@ -1,7 +1,7 @@
 """The demo's job: map, shuffle, reduce, and an actor that gathers.
 
-Role: an ordinary program on ftray. Nothing here knows of kills; that tasks are repeated and the gatherer is restarted is
-said in their options. The files are counted in rounds, so that mapping, reducing and gathering go on side by side.
+Role: an ordinary program on ftray. Nothing here knows of kills; that tasks are repeated and the gatherer is restarted
+is said in their options. The files are counted in rounds, so that mapping, reducing and gathering go on side by side.
 
     count (map)  ──►  split (shuffle)  ──►  merge (reduce)  ──►  Gatherer.add, by round and partition
     one per chunk     one per chunk         one per partition
@@ -81,7 +81,7 @@ class Gatherer:
 
 def run(chunks: Sequence[Sequence[str]], trace: str) -> Counts:
     """Counts all files of all chunks, on the cluster."""
-    gatherer = Gatherer.remote(trace)
+    gatherer = Gatherer.remote(trace)  # type: ignore[attr-defined]  # checkers do not apply class decorators
     parts: dict[PartKey, ftray.ObjectRef[Counts]] = {}
     adding: deque[list[ftray.ObjectRef[None]]] = deque()
     for number, start in enumerate(range(0, len(chunks), CHUNKS_PER_ROUND)):

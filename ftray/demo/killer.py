@@ -1,7 +1,7 @@
 """SIGKILLs to processes of the demo's session, on a schedule from a seed, and how long each one was felt.
 
-Role: shell around a pure schedule. Victims are worker processes that the node's own status lists, so nothing else can be
-hit: one that is in a task according to the trace, or the one that hosts the gatherer.
+Role: shell around a pure schedule. Victims are worker processes that the node's own status lists, so nothing else can
+be hit: one that is in a task according to the trace, or the one that hosts the gatherer.
 
 A recovery time is honest if it says from what to what: it is the time from just before the `kill` system call to the
 moment another process begins the task that was interrupted (for the gatherer: its constructor). Detection, choosing or
@@ -35,7 +35,7 @@ class Kill:
     at_ms: float
     """On the clock of the trace."""
     task: str = ""
-    """What was interrupted; empty as long as that is not known, and if it was nothing."""
+    """What was interrupted; empty if it was nothing."""
     recovery_ms: float | None = None
 
 
@@ -85,7 +85,10 @@ class Killer:
         """Looks which of the interrupted tasks have begun again."""
         for kill in self.kills:
             if kill.recovery_ms is None:
-                task = GATHERER if kill.victim == GATHERER else self._history.interrupted(kill.pid)
+                task = GATHERER
+                if kill.victim == WORKER:
+                    kill.task = self._history.running().get(kill.pid, "")  # it may have ended just before
+                    task = self._history.interrupted(kill.pid)
                 again_ms = self._history.began_again(task, kill.at_ms, kill.pid)
                 if again_ms is not None:
                     kill.task = task
@@ -111,6 +114,8 @@ class Killer:
             candidates = [pid for pid in actors if pid in alive and running.get(pid) != GATHERER]
         else:
             candidates = [row["pid"] for row in workers if row["pid"] in running and row["pid"] not in actors]
+        killed = {kill.pid for kill in self.kills}
+        candidates = [pid for pid in candidates if pid not in killed]
         if not candidates:
             return
         pid = self._rng.choice(sorted(candidates))

@@ -62,7 +62,7 @@ class Lease:
 class ClassQueue:
     """Tasks with the same needs, and the leases that serve them."""
 
-    __slots__ = ("class_id", "declared", "leases", "name", "queue", "resources", "room", "want")
+    __slots__ = ("class_id", "declared", "leases", "name", "queue", "resources", "room", "said", "want")
 
     def __init__(self, class_id: int, resources: Mapping[str, float], name: str) -> None:
         self.class_id = class_id
@@ -72,6 +72,8 @@ class ClassQueue:
         self.leases: dict[int, Lease] = {}
         self.room: deque[Lease] = deque()
         self.want = 0
+        self.said = 0
+        """The want that the raylet knows."""
         self.declared = False
 
 
@@ -87,6 +89,8 @@ class TaskDispatcher:
         self.leases: dict[int, Lease] = {}
         self.pushes: list[tuple[Lease, TaskRecord]] = []
         self.demands: dict[int, ClassQueue] = {}
+        self.lagging: dict[int, ClassQueue] = {}
+        """Demands that may be said a little later."""
         self.returns: list[int] = []
         self.recalls: list[tuple[Lease, tuple[bytes, ...]]] = []
 
@@ -125,14 +129,17 @@ class TaskDispatcher:
                 self._ask(cls)
 
     def _ask(self, cls: ClassQueue) -> None:
-        """Declares more demand when the queue has outgrown it; doubling keeps the messages few."""
-        want = cls.want
-        if want >= self.want_max:
-            return
+        """Declares more demand when the queue has outgrown it. Doublings are said at once, which keeps the messages of a
+        burst few; what lies between is said when the caller blocks, or at the next tick."""
         need = len(cls.queue) + len(cls.leases)
-        if need > want and (want < 4 or need >= 2 * want):
-            cls.want = min(need, self.want_max)
-            self.demands[cls.class_id] = cls
+        if need > self.want_max:
+            need = self.want_max
+        if need > cls.want:
+            cls.want = need
+            if cls.said < 4 or need >= 2 * cls.said:
+                self.demands[cls.class_id] = cls
+            else:
+                self.lagging[cls.class_id] = cls
 
     def pump(self, cls: ClassQueue) -> None:
         """Pushes what the leases of a class have room for."""

@@ -156,6 +156,8 @@ class Core:
         """Runs effects and sends what they and the entry queued, under the lock."""
         if self.table.effects:
             self.run_effects()
+        if self.submitter.dispatcher.lagging:
+            self.submitter.say_demands()
         if self.reactor.dirty:
             self.reactor.flush_dirty()
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from copy import copy
 from typing import TYPE_CHECKING, Any
 
 from ftray.exceptions import (
@@ -415,10 +416,8 @@ class ObjectPlane:
             if isinstance(error, TaskError):
                 return error.as_instance_of_cause()
             return error
-        if isinstance(value, FtrayError):
-            return value.with_traceback(None)
-        assert isinstance(value, BaseException)
-        return value
+        assert isinstance(value, FtrayError)
+        return copy(value)  # its traceback would keep the caller's variables, and with them references
 
     # --- wait --------------------------------------------------------------------------------------------------------
 

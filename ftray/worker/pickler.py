@@ -16,7 +16,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pickle import PickleBuffer
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any
 
 import cloudpickle
@@ -121,6 +121,16 @@ _VIEW_FORMATS = frozenset("cbBhHiIlLqQfd?")
 """Memoryviews of these can be made anew by `cast`; others come back as bytes."""
 
 _CLOUDPICKLE_TABLE: dict[type, Any] = dict(cloudpickle.Pickler.dispatch_table.maps[0])
+_reduce_code_nameless = _CLOUDPICKLE_TABLE[CodeType]
+
+
+def _reduce_code(code: CodeType) -> Any:
+    """With its file's name, which cloudpickle leaves out: tracebacks of tasks show it, and the lines in it."""
+    rebuild, args = _reduce_code_nameless(code)
+    return rebuild, tuple(code.co_filename if arg == "<dynamic-code>" else arg for arg in args)
+
+
+_CLOUDPICKLE_TABLE[CodeType] = _reduce_code
 
 
 def _reduce_memoryview(view: memoryview) -> Any:

@@ -273,8 +273,12 @@ class Submitter:
         if dispatcher.returns:
             raylet.send(ReturnLeases(tuple(dispatcher.returns)))
             dispatcher.returns.clear()
+        if dispatcher.lagging:
+            dispatcher.demands.update(dispatcher.lagging)
+            dispatcher.lagging.clear()
         if dispatcher.demands:
             for cls in dispatcher.demands.values():
+                cls.said = cls.want
                 raylet.send(LeaseDemand(cls.class_id, cls.want, None if cls.declared else cls.resources, cls.name))
                 cls.declared = True
             dispatcher.demands.clear()
@@ -338,6 +342,8 @@ class Submitter:
         """Housekeeping; True while there is more to keep."""
         busy = self.dispatcher.tick(self.linger_ticks)
         self.after()
+        if self.dispatcher.lagging:
+            self.say_demands()
         return busy or bool(self.unfinished)
 
     # --- replies -----------------------------------------------------------------------------------------------------

@@ -46,8 +46,11 @@ def test_demand_is_declared_with_the_queue_and_doubles() -> None:
         setup.submit()
         if setup.dispatcher.demands:
             wants.append(setup.cls.want)
+            setup.cls.said = setup.cls.want
             setup.dispatcher.demands.clear()
     assert wants == [1, 2, 3, 4, 8, 16]
+    assert setup.cls.want == 20
+    assert setup.dispatcher.lagging  # and is said when the caller blocks
 
 
 def test_demand_has_a_ceiling() -> None:

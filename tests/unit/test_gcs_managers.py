@@ -9,7 +9,7 @@ import pytest
 from ftray.gcs.state import commands as c
 from ftray.gcs.state.effects import Effect, Probe, ReportInfeasible, StartActor, StopActor, StopJob, Submit
 from ftray.gcs.state.health import NodeHealth
-from ftray.gcs.state.managers import ActorManager, JobManager
+from ftray.gcs.state.managers import SHORT_LIVES_FREE, ActorManager, JobManager
 from ftray.gcs.state.placement import Placement, to_units
 from ftray.gcs.state.state import GcsState
 from ftray.gcs.state.tables import ActorState, Code, Result
@@ -260,7 +260,7 @@ def test_a_crash_loop_is_slowed_down() -> None:
     leader = Leader(2)
     leader.register(restarts=-1)
     delays = []
-    for incarnation in range(12):
+    for incarnation in range(SHORT_LIVES_FREE + 7):
         before_ms = leader.now_ms
         while not (effects := leader.plan()):
             wake_ms = leader.actors.next_wake_ms()
@@ -271,14 +271,14 @@ def test_a_crash_loop_is_slowed_down() -> None:
         assert isinstance(start, StartActor) and start.incarnation == incarnation
         delays.append(leader.now_ms - before_ms)
         leader.do(c.ActorDied(A, incarnation, CAUSE))
-    assert delays == [0, 0, 0, 0, 0, 0, 50, 100, 200, 400, 800, 1000]
+    assert delays == [0] * (SHORT_LIVES_FREE + 1) + [50, 100, 200, 400, 800, 1000]
     leader.plan()
     leader.now_ms += 10_000
     leader.plan()
     leader.start()
     leader.plan()
     leader.now_ms += 1_000  # A life of some length ends the series.
-    leader.do(c.ActorDied(A, 12, CAUSE))
+    leader.do(c.ActorDied(A, SHORT_LIVES_FREE + 7, CAUSE))
     assert len(leader.plan()) == 1
 
 

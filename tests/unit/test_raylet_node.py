@@ -1,4 +1,4 @@
-"""A node process as its clients see it: leases, deaths, logs, store, tools, and its end. Real processes, fake workers."""
+"""A node process as its clients see it: leases, deaths, logs, store, tools, its end. Real processes, fake workers."""
 
 from __future__ import annotations
 
