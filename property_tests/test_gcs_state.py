@@ -132,8 +132,7 @@ class Twin:
             more = {
                 actor_id
                 for actor_id, actor in self.actors.items()
-                if actor.owner is None
-                and actor.job == job_id
+                if (actor.owner is None and actor.job == job_id)
                 or (actor.owner in hosts and actor.state is not ActorState.DEAD)
             }
             if more <= kept:

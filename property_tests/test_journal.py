@@ -37,7 +37,7 @@ def journal_path() -> Iterator[Path]:
 
 
 def write(path: Path, written: list[list[Record]], closed: bool, snapshot: bytes | None) -> list[list[Record]]:
-    """Writes the batches; returns them as they must come back. Also what the compaction begins with, if there is one."""
+    """Writes the batches, after a compaction if there is a snapshot; returns them as they must come back."""
     journal = Journal.open(path, CLUSTER, fsync=False)
     assert list(journal.replay()) == []
     expected = []

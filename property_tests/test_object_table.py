@@ -28,6 +28,9 @@ events = st.one_of(
     st.tuples(st.just("free"), ids),
     st.tuples(st.just("drop"), clients),
     st.tuples(st.just("wait"), ids, st.integers(0, 2)),
+    # Several steps that lead where single ones seldom do: cached copies, and readers of an older generation.
+    st.tuples(st.just("make"), ids, st.integers(0, 3 * P), clients, st.booleans()),
+    st.tuples(st.just("renew"), ids, clients),
 )
 
 
@@ -179,6 +182,15 @@ class Twin:
                     one.current &= one.sealed
                 for object_id in (b"x", b"y", b"z"):
                     self.releases.pop((object_id, client), None)
+            case ("make", object_id, size, client, primary):
+                self.apply(("create", object_id, size, client, b"o", primary))
+                self.apply(("seal", object_id, client))
+                self.apply(("release", object_id, client, 1))
+            case ("renew", object_id, client):
+                self.apply(("pin", object_id, client))
+                self.apply(("free", object_id))
+                self.apply(("make", object_id, P, b"a", True))
+                self.apply(("pin", object_id, client))
             case ("wait", object_id, token):
                 one = self.current(object_id)
                 waits = one is None or not one.sealed

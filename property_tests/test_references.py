@@ -5,8 +5,9 @@ code does, which link delivers next, and who crashes (what it had sent arrives u
 
 *Safety*: after each step the twin computes from scratch which objects are reachable: from user code of live processes,
 from arguments of unfinished tasks, from messages on their way, and through values that contain references. None of
-these may have been freed. Now and then it probes a copy of the world for the worst that could happen next. *Liveness*: at the end all references are dropped, messages drain, and all tables have to be
-empty. (Tasks do not return values that make a cycle with their own result: counting references cannot free those.)
+these may have been freed; and now and then it tries the worst that could come next, in a copy of the world.
+*Liveness*: at the end all references are dropped, messages drain, and all tables have to be empty. (Tasks do not return
+values that make a cycle with their own result: counting references cannot free those.)
 
 A crash excuses only those who relied on it. Whoever holds a reference is registered, or relies on others ("sources");
 if one of these dies before the registration, the hold is *exposed*: it may turn out to be lost, and the twin does not
@@ -15,7 +16,7 @@ count it. Canaries: tables with a planted bug, each of which the machine must ca
 
 from __future__ import annotations
 
-import copy
+import pickle
 from collections import Counter, deque
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -444,6 +445,7 @@ class World:
 
     def probe(self) -> None:
         """Try the worst with each hold that the owner does not know of: all others let go, and it hears of us last."""
+        image = pickle.dumps(self)
         for at, process in enumerate(self.processes):
             for ref, entry in process.table.entries.items() if process.alive else ():
                 owner = self.owners[ref]
@@ -451,7 +453,8 @@ class World:
                     continue
                 pool = process.pool()
                 try:
-                    copy.deepcopy(self).let_go(at, {ref} if ref in pool else pool, (at, owner))
+                    world: World = pickle.loads(image)
+                    world.let_go(at, {ref} if ref in pool else pool, (at, owner))
                 except Violation:
                     self.broken = True
                     raise

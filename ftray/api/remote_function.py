@@ -86,8 +86,9 @@ class RemoteFunction(Generic[P, R]):
         count = self._num_returns
         task_id = context.prefix + context.counter().to_bytes(4, "little")
         task = TaskRecord(
-            task_id, self._info, count, self._max_retries, self._retry_exceptions, holds, b"", deps, self._class
-        )
+            task_id, self._info, count, self._max_retries, self._retry_exceptions, holds, b"", deps, self._class,
+            not self._max_retries,
+        )  # fmt: skip
         core.submitter.submit(task, data)
         if kept:
             kept.clear()

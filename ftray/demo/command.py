@@ -29,7 +29,7 @@ from ftray.demo.killer import Killer, schedule
 from ftray.demo.report import Display, Outcome, killed_line, recovery_line, tables
 from ftray.demo.trace import History, TraceReader
 
-KILL_PERIOD_MS = 800.0
+KILL_PERIOD_MS = 1_000.0
 CHUNK_BYTES = 300_000
 WATCH_PERIOD_S = 0.005
 TOP_ROWS = 12
@@ -38,14 +38,14 @@ INTERRUPTED = 130
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--kills", type=click.IntRange(0), default=8, show_default=True, help="How many processes to kill.")
+@click.option("--kills", type=click.IntRange(0), help="Kill so many.  [default: one each second until the end]")
 @click.option("--no-chaos", is_flag=True, help="Kill nothing: the same as --kills 0.")
 @click.option("--seed", type=int, help="Of the times and victims of the kills.  [default: another one each time]")
 @click.option("--cpus", type=click.IntRange(1), help="Tasks at the same time.  [default: the CPUs of this process]")
 @click.option("--files", "file_count", type=click.IntRange(1), help="Only so many of the files.  [default: all]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 def main(
-    kills: int, no_chaos: bool, seed: int | None, cpus: int | None, file_count: int | None, as_json: bool
+    kills: int | None, no_chaos: bool, seed: int | None, cpus: int | None, file_count: int | None, as_json: bool
 ) -> None:
     """Count words and identifiers in Python's standard library, on processes that are killed meanwhile.
 
@@ -94,14 +94,14 @@ def show_verdict(console: Console, outcome: Outcome) -> None:
     console.print(f"Please report this, with the seed {outcome.seed}.")
 
 
-def run(display: Display, kills: int, seed: int, cpus: int, file_count: int | None) -> Outcome:
+def run(display: Display, kills: int | None, seed: int, cpus: int, file_count: int | None) -> Outcome:
     """The whole demo but for its last words. Raises FtrayError, KeyboardInterrupt."""
     files = library_files(file_count)
     size_bytes = sum(size for _, size in files)
     groups = chunks(files, max(1, min(CHUNK_BYTES, size_bytes // 20)))
     display.say(
         f"Words and identifiers in {len(files):,} files ({size_bytes / 1e6:.1f} MB) of the standard library of Python "
-        f"{platform.python_version()}, on {cpus} CPUs; {kills} processes will be killed (seed {seed})."
+        f"{platform.python_version()}, on {cpus} CPUs, " + kills_text(kills) + f" (seed {seed})."
     )
     started = time.perf_counter()
     with ftray.init(address="local", num_cpus=cpus), tempfile.TemporaryDirectory(prefix="ftray-demo-") as folder:
@@ -112,9 +112,8 @@ def run(display: Display, kills: int, seed: int, cpus: int, file_count: int | No
             size_bytes=size_bytes,
             tasks=job.tasks_in(len(groups)),
             start_s=time.perf_counter() - started,
-            planned_kills=kills,
         )
-        run_job(display, outcome, groups, os.path.join(folder, "trace"))
+        run_job(display, outcome, kills, groups, os.path.join(folder, "trace"))
     started = time.perf_counter()
     expected = count_plainly(display, [path for path, _ in files])
     outcome.check_s = time.perf_counter() - started
@@ -122,17 +121,26 @@ def run(display: Display, kills: int, seed: int, cpus: int, file_count: int | No
     return outcome
 
 
-def run_job(display: Display, outcome: Outcome, groups: Sequence[Sequence[str]], trace: str) -> None:
+def kills_text(kills: int | None) -> str:
+    """What is said about the kills beforehand."""
+    if kills is None:
+        return "while a process is killed each second"
+    return f"while {kills} processes are killed" if kills else "undisturbed"
+
+
+def run_job(
+    display: Display, outcome: Outcome, kills: int | None, groups: Sequence[Sequence[str]], trace: str
+) -> None:
     """Runs the job under watch; fills in the outcome."""
     history = History()
     reader = TraceReader(trace, history)
     rng = random.Random(outcome.seed)
     killer = Killer(
-        plan=schedule(rng, outcome.planned_kills, KILL_PERIOD_MS),
+        plan=schedule(rng, kills, KILL_PERIOD_MS),
         rng=rng,
         history=history,
         status=lambda: ask_raylet("status"),
-        on_kill=lambda kill: display.say(killed_line(kill, len(killer.kills), outcome.planned_kills)),
+        on_kill=lambda kill: display.say(killed_line(kill, len(killer.kills))),
         on_recovery=lambda kill: display.say(recovery_line(kill)),
     )
     outcome.kills = killer.kills

@@ -11,10 +11,11 @@ interrupts nothing, and has no recovery time.
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,14 +40,13 @@ class Kill:
     recovery_ms: float | None = None
 
 
-def schedule(rng: random.Random, kills: int, period_ms: float) -> list[tuple[float, str]]:
-    """When to kill (since the start) and whom: about one in each period; from three on the gatherer once, from six on
-    twice."""
-    times = [(number + rng.uniform(0.4, 1.0)) * period_ms for number in range(kills)]
-    gatherer = {round((kills - 1) * 0.35)} if kills >= 3 else set()
-    if kills >= 6:
-        gatherer.add(round((kills - 1) * 0.7))
-    return [(at_ms, GATHERER if number in gatherer else WORKER) for number, at_ms in enumerate(times)]
+def schedule(rng: random.Random, kills: int | None, period_ms: float) -> Iterator[tuple[float, str]]:
+    """When to kill (since the start) and whom: one in each period, `kills` in all, without end for None.
+
+    The third and the sixth go to the gatherer, all others to workers.
+    """
+    for number in itertools.count() if kills is None else range(kills):
+        yield (number + rng.uniform(0.2, 0.8)) * period_ms, GATHERER if number in (2, 5) else WORKER
 
 
 class Killer:
@@ -57,7 +57,7 @@ class Killer:
 
     def __init__(
         self,
-        plan: list[tuple[float, str]],
+        plan: Iterator[tuple[float, str]],
         rng: random.Random,
         history: History,
         status: Callable[[], Any],
@@ -66,6 +66,7 @@ class Killer:
     ) -> None:
         self.kills: list[Kill] = []
         self._plan = plan
+        self._next = next(plan, None)
         self._rng = rng
         self._history = history
         self._status = status
@@ -76,10 +77,10 @@ class Killer:
     def step(self) -> None:
         """Does what is due."""
         self.look()
-        if len(self.kills) < len(self._plan):
-            due_ms, victim = self._plan[len(self.kills)]
-            if clock_ms() - self._started_ms >= due_ms and not self._waiting(victim):
-                self._kill(victim)
+        if self._next is not None:
+            due_ms, victim = self._next
+            if clock_ms() - self._started_ms >= due_ms and not self._waiting(victim) and self._kill(victim):
+                self._next = next(self._plan, None)
 
     def look(self) -> None:
         """Looks which of the interrupted tasks have begun again."""
@@ -100,14 +101,15 @@ class Killer:
         last = next((kill for kill in reversed(self.kills) if kill.victim == victim), None)
         return last is not None and last.recovery_ms is None and last.task != ""
 
-    def _kill(self, victim: str) -> None:
+    def _kill(self, victim: str) -> bool:
+        """False if there is no fitting victim at the moment."""
         running = self._history.running()
         if victim == WORKER and not running:
-            return
+            return False
         try:
             workers = self._status()["workers"]
         except FtrayError:  # the session is about to end
-            return
+            return False
         actors = [row["pid"] for row in workers if row["pid"] and row["actor_id"]]
         if victim == GATHERER:
             alive = {pid for pid, _ in self._history.begins.get(GATHERER, ())}
@@ -117,13 +119,14 @@ class Killer:
         killed = {kill.pid for kill in self.kills}
         candidates = [pid for pid in candidates if pid not in killed]
         if not candidates:
-            return
+            return False
         pid = self._rng.choice(sorted(candidates))
         at_ms = clock_ms()
         try:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
-            return
+            return False
         kill = Kill(victim, pid, at_ms, GATHERER if victim == GATHERER else running.get(pid, ""))
         self.kills.append(kill)
         self._on_kill(kill)
+        return True

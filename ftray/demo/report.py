@@ -36,7 +36,7 @@ class Display:
         """A line."""
         if not self._quiet:
             console = self._console if self._progress is None else self._progress.console
-            console.print(text, highlight=False)
+            console.print(text, highlight=False, soft_wrap=True)
 
     def start(self, title: str, total: int) -> None:
         """A new bar; the one before it is ended."""
@@ -62,11 +62,11 @@ class Display:
             self._progress = None
 
 
-def killed_line(kill: Kill, number: int, planned: int) -> str:
+def killed_line(kill: Kill, number: int) -> str:
     """What is said at a kill."""
     who = "a worker" if kill.victim == WORKER else "the gatherer"
     doing = f" in the middle of {kill.task}" if kill.victim == WORKER and kill.task else ""
-    return f"[red]SIGKILL[/] {number}/{planned} to {who} (pid {kill.pid}){doing}"
+    return f"[red]SIGKILL[/] {number} to {who} (pid {kill.pid}){doing}"
 
 
 def recovery_line(kill: Kill) -> str:
@@ -89,7 +89,6 @@ class Outcome:
     check_s: float = 0.0
     attempts: int = 0
     repeated: int = 0
-    planned_kills: int = 0
     kills: list[Kill] = field(default_factory=list)
     result: Counts = field(default_factory=Counts)
     differences: list[str] = field(default_factory=list)
@@ -112,7 +111,6 @@ class Outcome:
             "start_s": round(self.start_s, 3),
             "job_s": round(self.job_s, 3),
             "check_s": round(self.check_s, 3),
-            "kills_planned": self.planned_kills,
             "kills": [
                 {"victim": kill.victim, "pid": kill.pid, "task": kill.task, "recovery_ms": _rounded(kill.recovery_ms)}
                 for kill in self.kills
@@ -151,7 +149,7 @@ def run_rows(outcome: Outcome) -> list[tuple[str, str]]:
         ("files, bytes", f"{outcome.files:,}, {outcome.size_bytes / 1e6:.1f} MB"),
         ("tasks and calls", f"{outcome.tasks:,}"),
         ("executions begun again", f"{outcome.repeated:,}"),
-        ("SIGKILLs", f"{len(victims)} ({_by_victim(victims)})" if victims else "none"),
+        ("SIGKILLs", _by_victim(victims) if victims else "none"),
     ]
     if recoveries:
         rows += [
@@ -169,4 +167,4 @@ def run_rows(outcome: Outcome) -> list[tuple[str, str]]:
 
 def _by_victim(victims: Sequence[str]) -> str:
     workers = victims.count(WORKER)
-    return f"{workers} of busy workers, {len(victims) - workers} of the gatherer"
+    return f"{len(victims)}: {workers} to busy workers, {len(victims) - workers} to the gatherer"

@@ -6,7 +6,7 @@ Rules and reasons are in `ftray.ownership.references`, which gives all these nam
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import Final, NamedTuple, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import msgspec
 
@@ -20,50 +20,42 @@ LOST: Final = 3
 REGISTRATION_NAMES: Final = ("covered", "registering", "registered", "lost")
 
 
-class Entry:
+class Entry(msgspec.Struct, gc=False, eq=False):
     """An object that this process owns or borrows: the holds on it, and what the rest of the worker keeps about it.
 
     `state`, `value`, `waiters` and `task` belong to others; the table never looks at them.
+    Not tracked by the garbage collector: a million entries would make each of its full passes take a second.
     """
 
-    __slots__ = (
-        "borrowers",
-        "contained",
-        "contains",
-        "covering",
-        "covers",
-        "guards",
-        "handoffs",
-        "local",
-        "owner",
-        "owner_endpoint",
-        "pinned",
-        "registration",
-        "state",
-        "submitted",
-        "task",
-        "value",
-        "waiters",
-    )
-
-    def __init__(self, owner: bytes | None = None, owner_endpoint: str = "", local: int = 0) -> None:
-        self.owner = owner  # None: owned here
-        self.owner_endpoint = owner_endpoint
-        self.local = local  # live ObjectRef instances in this process
-        self.submitted = 0  # unfinished tasks submitted here that have it as an argument
-        self.contained = 0  # live outer objects here whose value contains it
-        self.handoffs = 0  # replies sent with it and not yet acknowledged
-        self.covering = 0  # registrations under way that rely on this object being held here
-        self.registration = COVERED  # of a borrowed entry
-        self.pinned = False  # serialised out of band: never let go
-        self.borrowers: set[bytes] | None = None  # of an owned entry: ids of registered workers
-        self.contains: tuple[bytes, ...] | None = None  # inner objects held while this entry lives
-        self.covers: list[Wait | bytes] | None = None  # while registering: what to release afterwards
-        self.guards: set[Token] | None = None  # of a borrowed entry: running tasks whose submitter covers it
-        self.state: int = 0
-        self.value: object = None
-        self.waiters: object = None
-        self.task: object = None
+    owner: bytes | None = None
+    """None: owned here."""
+    owner_endpoint: str = ""
+    local: int = 0
+    """Live ObjectRef instances in this process."""
+    submitted: int = 0
+    """Unfinished tasks submitted here that have it as an argument."""
+    contained: int = 0
+    """Live outer objects here whose value contains it."""
+    handoffs: int = 0
+    """Replies sent with it and not yet acknowledged."""
+    covering: int = 0
+    """Registrations under way that rely on this object being held here."""
+    registration: int = COVERED
+    """Of a borrowed entry."""
+    pinned: bool = False
+    """Serialised out of band: never let go."""
+    borrowers: set[bytes] | None = None
+    """Of an owned entry: ids of registered workers."""
+    contains: tuple[bytes, ...] | None = None
+    """Inner objects held while this entry lives."""
+    covers: list[Any] | None = None
+    """While registering: what to release afterwards, `Wait`s and ids of outer objects."""
+    guards: set[Any] | None = None
+    """Of a borrowed entry: tokens of running tasks whose submitter covers it."""
+    state: int = 0
+    value: Any = None
+    waiters: Any = None
+    task: Any = None
 
 
 class ToOwner(msgspec.Struct, frozen=True):

@@ -10,11 +10,9 @@ only when `retry_exceptions` allows. -1 is unlimited.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from ftray.ownership.dispatch import ClassQueue
-
+import msgspec
 
 class FunctionInfo:
     """A remote function or method as its submissions share it."""
@@ -29,46 +27,35 @@ class FunctionInfo:
         """Running mean of its measured time; negative until it has been measured."""
 
 
-class TaskRecord:
-    """One submitted, unfinished task (or actor call)."""
+class TaskRecord(msgspec.Struct, gc=False, eq=False):
+    """One submitted, unfinished task (or actor call).
 
-    __slots__ = (
-        "actor", "args", "attempt", "cancelled", "cls", "deps", "deps_left", "expect_us", "frame", "function", "holds",
-        "method", "num_returns", "retries_left", "retry_exceptions", "solo", "task_id",
-    )  # fmt: skip
+    Not tracked by the garbage collector: a million of them would make each of its full passes take a second. Every cycle
+    through one ends when the task does.
+    """
 
-    def __init__(
-        self,
-        task_id: bytes,
-        function: FunctionInfo,
-        num_returns: int,
-        retries_left: int,
-        retry_exceptions: Any = False,
-        holds: tuple[bytes, ...] = (),
-        args: bytes = b"",
-        deps: Any = (),
-        cls: ClassQueue | None = None,
-    ) -> None:
-        self.task_id = task_id
-        self.function = function
-        self.num_returns = num_returns
-        self.retries_left = retries_left
-        self.retry_exceptions = retry_exceptions
-        self.holds = holds
-        """Object ids that this task keeps alive until it ends."""
-        self.args = args
-        self.deps = deps
-        """(position, object id) of the top-level reference arguments."""
-        self.deps_left = 0
-        self.cls = cls
-        self.attempt = 0
-        self.expect_us = 0.0
-        self.frame = b""
-        self.solo = retries_left == 0 and cls is not None
-        """Pushed only to a worker with nothing else in flight, so that its fate says nothing of others."""
-        self.cancelled = False
-        self.actor: Any = None
-        self.method = ""
+    task_id: bytes
+    function: FunctionInfo
+    num_returns: int
+    retries_left: int
+    retry_exceptions: Any = False
+    holds: tuple[bytes, ...] = ()
+    """Object ids that this task keeps alive until it ends."""
+    args: bytes = b""
+    deps: tuple[tuple[int | str, bytes], ...] = ()
+    """(position, object id) of the top-level reference arguments."""
+    cls: Any = None
+    """Its `dispatch.ClassQueue`; None for an actor call."""
+    solo: bool = False
+    """Pushed only to a worker with nothing else in flight, so that its fate says nothing of others."""
+    deps_left: int = 0
+    attempt: int = 0
+    expect_us: float = 0.0
+    frame: bytes = b""
+    cancelled: bool = False
+    actor: Any = None
+    """The `calls.ActorCalls` of an actor call."""
+    method: str = ""
 
     def spend_retry(self) -> bool:
         """Takes one retry; False when there is none left."""

@@ -76,8 +76,10 @@ def spawn_template(spec: TemplateSpec) -> TemplateProcess:
     if spec.arena_fd >= 0:
         # Onto itself: that takes off close-on-exec, and workers find the arena under the same number as ever.
         inherited.append((os.POSIX_SPAWN_DUP2, spec.arena_fd, spec.arena_fd))
+    # With this process's path, whatever has become of it: the starter may have had it from anywhere.
+    code = f"import sys; sys.path[:] = {sys.path!r}; from {template.__name__} import main; main(sys.argv[1:])"
     command = [
-        sys.executable, "-m", template.__name__, str(top), str(os.getpid()),
+        sys.executable, "-P", "-c", code, str(top), str(os.getpid()),
         spec.entry, spec.start_type, str(spec.arena_fd), spec.log_path,
     ]  # fmt: skip
     try:

@@ -66,6 +66,8 @@ class Leases:
         """Leases of tasks; those of actors are in `actors.py`."""
         self.infeasible: dict[tuple[bytes, int], str] = {}
         """For status: what was last said to be impossible."""
+        self.failing: list[str] = []
+        """Why workers do not start, as long as they do not."""
         self._settle_due = False
         self._timer: Timer | None = None
 
@@ -140,6 +142,7 @@ class Leases:
         """A worker has registered. False if it is none that was expected."""
         if not self.pool.registered(client.worker_id, self._now()):
             return False
+        self.failing = []
         self.settle_soon()
         return True
 
@@ -157,9 +160,8 @@ class Leases:
         """Worker after worker dies before it registers: drivers are told, who would wait for ever without a word."""
         text = f"workers do not start: {FAILURES_MAX} in a row ended before they had registered ({error})"
         log.error("%s", text)
-        self.raylet.logs.tell_all(text)
-        for line in process.stderr_tail() if process is not None else ():
-            self.raylet.logs.tell_all(f"    {line}")
+        self.failing = [text, *(f"    {line}" for line in (process.stderr_tail() if process is not None else ()))]
+        self.raylet.logs.tell_all(self.failing)
 
     def assign(self, worker: Worker, client: Client, lease_id: int) -> None:
         """Gives the worker to its job, if it is its first, and to a lease."""

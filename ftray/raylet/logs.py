@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from ftray.config import Config
 from ftray.wire.messages import LogLines
@@ -182,14 +182,15 @@ class LogHub:
     def stop_forwarding(self, job_id: bytes) -> None:
         self._outlets.pop(job_id, None)
 
-    def tell(self, job_id: bytes, text: str) -> None:
+    def tell(self, job_id: bytes, lines: Iterable[str]) -> None:
         """The node's own words for a driver, as if printed to stderr."""
-        self._put(job_id, (STDERR, "raylet", os.getpid(), text))
+        for text in lines:
+            self._put(job_id, (STDERR, "raylet", os.getpid(), text))
 
-    def tell_all(self, text: str) -> None:
+    def tell_all(self, lines: Iterable[str]) -> None:
         """The node's own words for all drivers."""
         for job_id in self._outlets:
-            self.tell(job_id, text)
+            self.tell(job_id, lines)
 
     def _put(self, job_id: bytes, line: Line) -> None:
         outlet = self._outlets.get(job_id)

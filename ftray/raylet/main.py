@@ -20,7 +20,8 @@ import os
 import resource
 import signal
 import sys
-from typing import Any
+import traceback
+from typing import Any, NoReturn
 
 import trio
 
@@ -112,8 +113,8 @@ def watch_lifeline(node: Node) -> None:
         node.reactor.watch(0, readable)
 
 
-def main() -> int:
-    """Runs a node process; returns its exit code."""
+def run() -> int:
+    """Runs a node; returns the process's exit code."""
     raise_descriptor_limit()
     name_process("ftray:node")
     try:
@@ -142,8 +143,18 @@ def main() -> int:
     return node.exit_code
 
 
+def main() -> NoReturn:
+    """The node process. It ends here: when all is done, the interpreter's own clean-up would only take time."""
+    code = 1
+    try:
+        code = run()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except Exception:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
 if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # all is done: the interpreter's own clean-up would only take time
+    main()

@@ -179,6 +179,7 @@ class Raylet:
                     return
                 if client.log_to_driver:
                     self.logs.forward(job_id, client.link)
+                    self.logs.tell(job_id, self.leases.failing)
                 self._answer(client, "", namespace)
 
         entrypoint = hello.entrypoint

@@ -334,6 +334,3 @@ def main(arguments: list[str]) -> NoReturn:
     kept = (int(arena_fd),) if int(arena_fd) >= 0 else ()
     run_template(socket.socket(fileno=int(fd)), int(parent_pid), entry, start_type, kept, log_path)
 
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -164,7 +164,7 @@ class ActorClient:
                     if dep.waiters is None:
                         dep.waiters = [waiter]
                     else:
-                        dep.waiters.append(waiter)  # type: ignore[attr-defined]
+                        dep.waiters.append(waiter)
                     if dep.owner is not None:
                         core.objects.request(object_id, dep)
             waiter.left = left
@@ -276,7 +276,7 @@ class ActorClient:
                 if entry.waiters is None:
                     entry.waiters = [waiter]
                 else:
-                    entry.waiters.append(waiter)  # type: ignore[attr-defined]
+                    entry.waiters.append(waiter)
                 if entry.owner is not None:
                     core.objects.request(object_id, entry)
         task.deps_left = left

@@ -25,6 +25,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -112,6 +113,7 @@ class Executor:
         self.ran_at_tick = -1
         self.blocked_threads = 0
         self.forked = False
+        self.main_thread = get_ident()
         self.exiting = ""
         self.running: PushTask | PushActorTask | None = None
         self.main_thread = threading.get_ident()
@@ -156,6 +158,9 @@ class Executor:
         """A push. Also called by the loop while it drains the channels for a blocked or busy main thread."""
         if isinstance(message, PushTask | PushActorTask):
             self.pending.append((link, message, payload))
+            if get_ident() != self.main_thread:
+                # Read by the loop: the main thread may have gone to sleep in front of an empty socket.
+                self.wake()
             if threading.get_ident() != self.main_thread:
                 self.wake()  # what came in one piece with the greeting is handed over by the loop
         else:
@@ -491,6 +496,8 @@ class Executor:
                 else:
                     back.setdefault(link, []).append(message.task_id)
             self.pending.extend(keep)
+            if keep:
+                self.wake()
             for link, ids in back.items():
                 link.send(TasksReturned(tuple(ids), blocked))
             if blocked and not back:

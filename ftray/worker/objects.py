@@ -443,7 +443,7 @@ class ObjectPlane:
                         if entry.waiters is None:
                             entry.waiters = [waiter]
                         else:
-                            entry.waiters.append(waiter)  # type: ignore[attr-defined]
+                            entry.waiters.append(waiter)
                         if entry.owner is not None:
                             self.request(ref._id, entry)
             core.settle()
@@ -478,7 +478,7 @@ class ObjectPlane:
                 if entry.waiters is None:
                     entry.waiters = [callback]
                 else:
-                    entry.waiters.append(callback)  # type: ignore[attr-defined]
+                    entry.waiters.append(callback)
                 if entry.owner is not None:
                     self.request(object_id, entry)
             core.settle()

@@ -192,7 +192,7 @@ class Peers:
             if entry.waiters is None:
                 entry.waiters = [callback]
             else:
-                entry.waiters.append(callback)  # type: ignore[attr-defined]
+                entry.waiters.append(callback)
         else:
             self._answer(link, object_id, entry)
 

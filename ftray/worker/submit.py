@@ -157,7 +157,7 @@ class Submitter:
                 if entry.waiters is None:
                     entry.waiters = [waiter]
                 else:
-                    entry.waiters.append(waiter)  # type: ignore[attr-defined]
+                    entry.waiters.append(waiter)
                 if entry.owner is not None:
                     core.objects.request(object_id, entry)
             elif entry.state == waiting.FAILED and failed is None:

@@ -29,7 +29,7 @@ class Setup:
 
     def submit(self, retries: int = 3) -> TaskRecord:
         self.count += 1
-        task = TaskRecord(b"t%d" % self.count, self.function, 1, retries, cls=self.cls)
+        task = TaskRecord(b"t%d" % self.count, self.function, 1, retries, cls=self.cls, solo=retries == 0)
         self.dispatcher.enqueue(task)
         return task
 

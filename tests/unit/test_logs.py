@@ -170,18 +170,18 @@ def test_a_driver_that_does_not_read_loses_lines_and_is_told(hub: LogHub, reacto
     link = FakeLink()
     hub.forward(b"jobA", link)  # type: ignore[arg-type]
     link.out = bytearray(DRIVER_BACKLOG_BYTES_MAX + 1)
-    hub.tell(b"jobA", "lost")
-    hub.tell(b"jobA", "lost too")
+    hub.tell(b"jobA", ["lost"])
+    hub.tell(b"jobA", ["lost too"])
     reactor.run_timers()
     assert link.sent == []
     link.out = bytearray()
-    hub.tell(b"jobA", "heard")
+    hub.tell(b"jobA", ["heard"])
     reactor.run_timers()
     (message,) = link.sent
     assert message.dropped == 2
     assert [line[3] for line in message.lines] == ["heard"]
     hub.stop_forwarding(b"jobA")
-    hub.tell(b"jobA", "to nobody")
+    hub.tell(b"jobA", ["to nobody"])
 
 
 def test_the_tail_of_a_file(tmp_path: Path) -> None:
