@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from ftray.store.table import UNSEALED, Created, Exists, Full, ObjectTable, Place, StoreError
 
 P = 4096
-CAPACITY = 8
+CAPACITY = 5
 
 ids = st.sampled_from([b"x", b"y", b"z"])
 clients = st.sampled_from([b"a", b"b", b"c"])
 owners = st.sampled_from([b"o", b"p"])
 events = st.one_of(
-    st.tuples(st.just("create"), ids, st.integers(0, 5 * P), clients, owners, st.booleans()),
+    st.tuples(st.just("create"), ids, st.integers(0, 4 * P), clients, owners, st.booleans()),
     st.tuples(st.sampled_from(["seal", "seal", "abort", "pin", "pin"]), ids, clients),
     st.tuples(st.just("release"), ids, clients, st.integers(1, 3)),
     st.tuples(st.just("free"), ids),

@@ -24,14 +24,14 @@ def measure(system_name: str, benchmark: Benchmark, rounds: int) -> list[float]:
     from ftray.perf.pools import PEERS
 
     if system_name in PEERS:
-        with closing(PEERS[system_name][benchmark.name]()) as samples:  # type: ignore[type-var]
+        with closing(PEERS[system_name][benchmark.name]()) as samples:
             return list(itertools.islice(samples, rounds))
     system: Any = importlib.import_module(system_name)
     if benchmark.session is not None:
         more = OTHER_ARGUMENTS.get(system_name, {})
         system.init(**{"log_to_driver": False, **benchmark.session, **more})
     try:
-        with closing(benchmark.measure(system)) as samples:  # type: ignore[type-var]
+        with closing(benchmark.measure(system)) as samples:
             return list(itertools.islice(samples, rounds))
     finally:
         system.shutdown()

@@ -1,8 +1,8 @@
 """What is measured, and how.
 
 Role: the definitions of all benchmarks, as generators that set up, warm up, and then yield one measurement each time.
-They get the system as an argument: a module with `init`, `remote`, `get`, `put`, `wait`, so that another system with the
-same interface is measured by the very same code.
+They get the system as an argument: a module with `init`, `remote`, `get`, `put`, `wait`, so that another system with
+the same interface is measured by the very same code.
 
 Rules: only the standard library is imported here, so that an interpreter without ftray's dependencies can run this for
 another system. Remote functions and classes are at the top of the module and are pickled by name. Rates are of a time
@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,7 +37,8 @@ ACTORS = 20
 SETTLE_S = 0.1
 """Between two kills, so that each one meets a system that is at rest."""
 
-Measure = Callable[[Any], Iterator[float]]
+Samples = Generator[float, None, None]
+Measure = Callable[[Any], Samples]
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +119,7 @@ def first_attempt_waits(path: str) -> None:
 # --- measuring ------------------------------------------------------------------------------------------------------
 
 
-def rates(operation: Callable[[], object], count: int = 1) -> Iterator[float]:
+def rates(operation: Callable[[], object], count: int = 1) -> Samples:
     """Operations per second, after a warm-up. `operation` does `count` of them."""
     for slice_s in _forever(WARM_UP_S, SLICE_S):
         done = 0
@@ -166,13 +167,15 @@ def _start_and_stop(system: Any) -> tuple[float, float]:
     return float(start_ms), float(stop_ms)
 
 
-def start(system: Any) -> Iterator[float]:
+def start(system: Any) -> Samples:
+    """Milliseconds from before `import ftray` to the first task's result, in a new interpreter."""
     _start_and_stop(system)
     while True:
         yield _start_and_stop(system)[0]
 
 
-def stop(system: Any) -> Iterator[float]:
+def stop(system: Any) -> Samples:
+    """Milliseconds of `shutdown()` of such a program."""
     _start_and_stop(system)
     while True:
         yield _start_and_stop(system)[1]
@@ -181,37 +184,37 @@ def stop(system: Any) -> Iterator[float]:
 # --- tasks and calls ------------------------------------------------------------------------------------------------
 
 
-def tasks_sync(system: Any) -> Iterator[float]:
+def tasks_sync(system: Any) -> Samples:
     task, get = system.remote(nothing), system.get
     yield from rates(lambda: get(task.remote()))
 
 
-def tasks_in_flight(system: Any) -> Iterator[float]:
+def tasks_in_flight(system: Any) -> Samples:
     task, get = system.remote(nothing), system.get
     yield from rates(lambda: get([task.remote() for _ in range(IN_FLIGHT)]), IN_FLIGHT)
 
 
-def calls_sync(system: Any) -> Iterator[float]:
+def calls_sync(system: Any) -> Samples:
     actor, get = system.remote(Counter).remote(), system.get
     yield from rates(lambda: get(actor.nothing.remote()))
 
 
-def calls_in_flight(system: Any) -> Iterator[float]:
+def calls_in_flight(system: Any) -> Samples:
     actor, get = system.remote(Counter).remote(), system.get
     yield from rates(lambda: get([actor.nothing.remote() for _ in range(IN_FLIGHT)]), IN_FLIGHT)
 
 
-def async_calls_sync(system: Any) -> Iterator[float]:
+def async_calls_sync(system: Any) -> Samples:
     actor, get = system.remote(AsyncCounter).remote(), system.get
     yield from rates(lambda: get(actor.nothing.remote()))
 
 
-def async_calls_in_flight(system: Any) -> Iterator[float]:
+def async_calls_in_flight(system: Any) -> Samples:
     actor, get = system.remote(AsyncCounter).remote(), system.get
     yield from rates(lambda: get([actor.nothing.remote() for _ in range(IN_FLIGHT)]), IN_FLIGHT)
 
 
-def actors_made(system: Any) -> Iterator[float]:
+def actors_made(system: Any) -> Samples:
     """Milliseconds until `ACTORS` new actors have answered a first call."""
     cls, get = system.remote(num_cpus=0)(Counter), system.get
     while True:
@@ -228,17 +231,17 @@ def actors_made(system: Any) -> Iterator[float]:
 # --- objects --------------------------------------------------------------------------------------------------------
 
 
-def put_small(system: Any) -> Iterator[float]:
+def put_small(system: Any) -> Samples:
     put = system.put
     yield from rates(lambda: put(b"small"))
 
 
-def get_small(system: Any) -> Iterator[float]:
+def get_small(system: Any) -> Samples:
     get, ref = system.get, system.put(b"small")
     yield from rates(lambda: get(ref))
 
 
-def put_large(system: Any) -> Iterator[float]:
+def put_large(system: Any) -> Samples:
     """Gigabytes per second into memory that the store has used before."""
     block = Block(bytearray(LARGE_BYTES))
     for number in range(sys.maxsize):
@@ -251,7 +254,7 @@ def put_large(system: Any) -> Iterator[float]:
             yield LARGE_BYTES / 1e9 / elapsed_s
 
 
-def get_large(system: Any) -> Iterator[float]:
+def get_large(system: Any) -> Samples:
     """Milliseconds of `get` on a finished task's large result."""
     task = system.remote(make_block)
     while True:
@@ -266,7 +269,7 @@ def get_large(system: Any) -> Iterator[float]:
         yield elapsed_ms
 
 
-def bytes_per_ref(system: Any) -> Iterator[float]:
+def bytes_per_ref(system: Any) -> Samples:
     """Growth of the driver's resident memory by tasks that wait for a resource, each with its reference."""
     holder = system.remote(num_cpus=0, resources={"gate": 1})(hold).remote()
     waiting = system.remote(num_cpus=0, resources={"gate": 1})(nothing)
@@ -283,7 +286,7 @@ def bytes_per_ref(system: Any) -> Iterator[float]:
 # --- recovery -------------------------------------------------------------------------------------------------------
 
 
-def retry(system: Any) -> Iterator[float]:
+def retry(system: Any) -> Samples:
     """Milliseconds from the SIGKILL of the worker that runs a task to the result of the task's second attempt."""
     task = system.remote(max_retries=1)(first_attempt_waits)
     with tempfile.TemporaryDirectory(prefix="ftray-perf-") as folder:
@@ -314,7 +317,7 @@ def _pid_in(path: str) -> int:
     raise TimeoutError("the task did not start within 30 s")
 
 
-def restart(system: Any) -> Iterator[float]:
+def restart(system: Any) -> Samples:
     """Milliseconds from the SIGKILL of an actor's process to the answer of the first call after it."""
     actor = system.remote(max_restarts=-1, max_task_retries=-1)(Counter).remote()
     pid = system.get(actor.pid.remote())
@@ -331,22 +334,22 @@ def restart(system: Any) -> Iterator[float]:
 
 
 BENCHMARKS: tuple[Benchmark, ...] = (
-    Benchmark("init", "import and init() to the first result", "ms", start, False, 600, session=None),
+    Benchmark("init", "init() to the first result", "ms", start, False, 600, session=None),
     Benchmark("shutdown", "shutdown()", "ms", stop, False, session=None),
-    Benchmark("tasks-sync", "get(f.remote()), one by one", "/s", tasks_sync, limit_value=4_000),
+    Benchmark("tasks-sync", "tasks, one by one", "/s", tasks_sync, limit_value=4_000),
     Benchmark("tasks-1000", "tasks, 1,000 in flight", "/s", tasks_in_flight, limit_value=20_000),
     Benchmark("calls-sync", "actor calls, one by one", "/s", calls_sync, limit_value=4_000),
     Benchmark("calls-1000", "actor calls, 1,000 in flight", "/s", calls_in_flight, limit_value=20_000),
-    Benchmark("async-calls-sync", "async actor calls, one by one", "/s", async_calls_sync),
-    Benchmark("async-calls-1000", "async actor calls, 1,000 in flight", "/s", async_calls_in_flight),
+    Benchmark("async-calls-sync", "async calls, one by one", "/s", async_calls_sync),
+    Benchmark("async-calls-1000", "async calls, 1,000 in flight", "/s", async_calls_in_flight),
     Benchmark("put-small", "put of a small value", "/s", put_small),
     Benchmark("get-small", "get of a small value", "/s", get_small),
     Benchmark("put-100mb", "put of 100 MB", "GB/s", put_large),
     Benchmark("get-100mb", "get of 100 MB", "ms", get_large, False),
-    Benchmark("retry", "worker's SIGKILL to its task's result", "ms", retry, False, 30, rounds=30),
-    Benchmark("restart", "actor's SIGKILL to its next answer", "ms", restart, False, 50, rounds=30),
+    Benchmark("retry", "task's retry after SIGKILL", "ms", retry, False, 30, rounds=30),
+    Benchmark("restart", "actor's restart after SIGKILL", "ms", restart, False, 50, rounds=30),
     Benchmark(
-        "bytes-per-ref", "driver's memory per waiting task", "bytes", bytes_per_ref, False, 1_500, rounds=3,
+        "bytes-per-ref", "memory per waiting task", "bytes", bytes_per_ref, False, 1_500, rounds=3,
         session={"num_cpus": 2, "resources": {"gate": 1}}, fresh=True,
     ),
     Benchmark("actors-20", "20 actors made and called", "ms", actors_made, False),

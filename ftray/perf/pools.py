@@ -6,20 +6,19 @@ Role: the peers that anybody has at hand. Two processes each, the same function,
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 
-from ftray.perf.definitions import IN_FLIGHT, nothing, rates
+from ftray.perf.definitions import IN_FLIGHT, Samples, nothing, rates
 
 PROCESSES = 2
 
 
-def executor_sync() -> Iterator[float]:
+def executor_sync() -> Samples:
     with ProcessPoolExecutor(PROCESSES) as pool:
         yield from rates(lambda: pool.submit(nothing).result())
 
 
-def executor_in_flight() -> Iterator[float]:
+def executor_in_flight() -> Samples:
     with ProcessPoolExecutor(PROCESSES) as pool:
 
         def batch() -> None:
@@ -29,12 +28,12 @@ def executor_in_flight() -> Iterator[float]:
         yield from rates(batch, IN_FLIGHT)
 
 
-def pool_sync() -> Iterator[float]:
+def pool_sync() -> Samples:
     with multiprocessing.Pool(PROCESSES) as pool:
         yield from rates(lambda: pool.apply(nothing))
 
 
-def pool_in_flight() -> Iterator[float]:
+def pool_in_flight() -> Samples:
     with multiprocessing.Pool(PROCESSES) as pool:
 
         def batch() -> None:

@@ -14,6 +14,7 @@ import os
 from collections.abc import Hashable
 from typing import TYPE_CHECKING
 
+from ftray.exceptions import ProtocolError
 from ftray.ids import WORKER_ID_BYTES, short
 from ftray.raylet.clients import Client
 from ftray.raylet.pool import FAILURES_MAX, State, Worker, WorkerPool
@@ -76,6 +77,8 @@ class Leases:
     def demand(self, client: Client, message: LeaseDemand) -> None:
         """A client wants so many leases of a class."""
         class_id = message.class_id
+        if not client.job_id:
+            raise ProtocolError(f"client {short(client.worker_id)} asks for leases before it belongs to a job")
         if message.name:
             client.class_names[class_id] = message.name
         try:

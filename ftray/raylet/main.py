@@ -21,15 +21,12 @@ import resource
 import signal
 import sys
 import traceback
-from typing import Any, NoReturn
-
-import trio
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ftray.exceptions import FtrayError
-from ftray.raylet.node import Node
-from ftray.raylet.spec import parse_spec
-from ftray.raylet.template import name_process
-from ftray.wire.loop import drive
+
+if TYPE_CHECKING:
+    from ftray.raylet.node import Node
 
 log = logging.getLogger("ftray.raylet")
 
@@ -80,6 +77,10 @@ def to_log(path: str) -> None:
 
 async def serve(node: Node) -> None:
     """Runs the node until it stops."""
+    import trio
+
+    from ftray.wire.loop import drive
+
     stopped = trio.Event()
     node.on_stop = stopped.set
     if node.stopping:
@@ -115,6 +116,13 @@ def watch_lifeline(node: Node) -> None:
 
 def run() -> int:
     """Runs a node; returns the process's exit code."""
+    gc.disable()  # nothing dies while modules are imported, and looking for it costs a tenth of the start
+    import trio
+
+    from ftray.raylet.node import Node
+    from ftray.raylet.spec import parse_spec
+    from ftray.raylet.template import name_process
+
     raise_descriptor_limit()
     name_process("ftray:node")
     try:
@@ -132,6 +140,7 @@ def run() -> int:
     say({"ok": True, **node.ready(), "token": node.info.token.hex()})
     to_log(node.log_path)
     gc.freeze()
+    gc.enable()
     try:
         if node.spec.lifeline:
             watch_lifeline(node)

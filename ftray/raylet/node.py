@@ -41,6 +41,8 @@ GRACE_MS = 300
 """How long workers may take to exit by themselves when the node stops."""
 TIDY_PERIOD_MS = 1_000
 CLUSTER_NAMESPACE = "ftray.cluster"
+_HOPELESS = ("cluster token", "protocol version", "another cluster")
+"""What the handshake's errors say when it is not a matter of time."""
 _INCARNATION = 1
 """A node draws its id when it starts, so each id lives once."""
 
@@ -159,13 +161,20 @@ class Node:
             else:
                 self.gcs.read(Table.KV, kv_key(CLUSTER_NAMESPACE, b"id"), self._cluster_known, wait=True)
             self.reactor.flush_dirty()
-        self._pump(JOIN_TIMEOUT_MS, lambda: self._registered or bool(self._failure))
+        self._pump(JOIN_TIMEOUT_MS, lambda: self._registered or bool(self._failure) or self._hopeless())
         if not self._registered:
             raise SpecError(self._failure or str(self.gcs.unavailable()))
         with self.reactor.lock:
             self.reactor.call_later(0, self._heartbeat)
             self.reactor.call_later(TIDY_PERIOD_MS, self._tidy)
         session.write_node_json(self.session_dir, {**self.ready(), "started": time.time()})
+
+    def _hopeless(self) -> bool:
+        """Whether every head has refused this node for what trying again does not change."""
+        failures = self.gcs.failures
+        return len(failures) >= len(self.gcs.endpoints) and all(
+            any(words in text for words in _HOPELESS) for text in failures.values()
+        )
 
     def ready(self) -> dict[str, Any]:
         """What the starter is told, and the session's `node.json`; the token is not in it."""

@@ -14,8 +14,8 @@ Rules:
 - Workers are kept warm: as many as the node has CPUs, and `extra` of them fresh (of no job) whatever else goes on, so
   that a killed one is replaced at once. Requests beyond that fork as many as they need.
 - Whoever idles longer than `idle_kill_ms` and is more than is kept is *asked* to leave; one that owns objects may stay.
-- Workers that die before they register make the pool slow down (doubling pauses, one at a time), and after
-  `FAILURES_MAX` in a row it says so, once.
+- Workers that die before they register, more than one in a row, make the pool slow down (doubling pauses, one at a
+  time), and after `FAILURES_MAX` it says so, once.
 
 Rejected: a pool for each job (an idle job would keep a node's worth of processes); killing idle workers outright
 (what they own would be lost with them).
@@ -121,8 +121,9 @@ class WorkerPool:
         if worker.state is State.STARTING:
             self._starting -= 1
             self.failures += 1
-            pause = min(BACKOFF_FIRST_MS * 2 ** min(self.failures - 1, 16), BACKOFF_MAX_MS)
-            self._retry_at_ms = now_ms + pause
+            if self.failures > 1:  # one may have been killed from outside: it is replaced at once
+                pause = min(BACKOFF_FIRST_MS * 2 ** min(self.failures - 2, 16), BACKOFF_MAX_MS)
+                self._retry_at_ms = now_ms + pause
             return self.failures == FAILURES_MAX
         if worker.state is State.IDLE:
             self._take_idle(worker)

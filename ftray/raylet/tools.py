@@ -92,6 +92,9 @@ class ToolHandler:
         def reader(table: Table) -> Callable[[dict[bytes, Record]], None]:
             return lambda rows: got(table, rows)
 
+        if not gcs.connected:
+            finish()
+            return
         timer.append(self._raylet.reactor.call_later(GCS_WAIT_MS, finish))
         for table in _TABLES:
             handles.append(gcs.read_all(table, reader(table)))

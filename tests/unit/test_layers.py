@@ -62,6 +62,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "ftray.api": BELOW_API,
     "ftray.util": ("ftray", "ftray.api", *BELOW_API),
     "ftray.cli": EVERYTHING,
+    "ftray.demo": EVERYTHING,
     "ftray.perf": EVERYTHING,
 }
 

@@ -147,6 +147,10 @@ def test_workers_that_do_not_start_slow_the_pool_down() -> None:
         name = b"%d" % number
         made.started(name, now_ms)
         told += made.gone(name, now_ms)
+        if number == 1:
+            assert made.retry_in_ms(now_ms) is None
+            assert made.forks(now_ms) == 1
+            continue
         assert made.forks(now_ms) == 0
         pause_ms = made.retry_in_ms(now_ms)
         assert pause_ms is not None
