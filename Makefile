@@ -62,15 +62,21 @@ define make_venv
 	fi
 endef
 
+# Compiled here, because a node starts twice as fast with compiled modules, and some environments forbid writing them when
+# they are first imported.
+COMPILE := -m compileall -q ftray chaos
+
 # The stamps are older than pyproject.toml after a change to it, and the installation is then done again.
 $(RUNTIME): pyproject.toml
 	$(call make_venv,$(VENV),PYTHON='$(PYTHON)' .ci/find-python)
 	$(VENV)/bin/python $(PIP_INSTALL) -e .
+	@$(VENV)/bin/python $(COMPILE)
 	@touch $@
 
 $(DEV): pyproject.toml
 	$(call make_venv,$(VENV),PYTHON='$(PYTHON)' .ci/find-python)
 	$(VENV)/bin/python $(PIP_INSTALL) -e '.[dev]'
+	@$(VENV)/bin/python $(COMPILE)
 	@touch $@ $(RUNTIME)
 
 # On the oldest Python, whose wheels every oldest version has.

@@ -202,7 +202,9 @@ class TaskDispatcher:
         return task
 
     def handed_back(self, lease: Lease, task_ids: Iterable[bytes], blocked: bool) -> None:
-        """The worker returned tasks that it had not started."""
+        """The worker returned tasks that it had not started. It may say so when it works for somebody else by now."""
+        if lease.lease_id not in self.leases:
+            return
         if blocked and lease.inflight:
             self._block(lease)
         tasks = [task for task_id in task_ids if (task := lease.inflight.pop(task_id, None)) is not None]
