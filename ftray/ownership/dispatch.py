@@ -91,6 +91,8 @@ class TaskDispatcher:
         self.demands: dict[int, ClassQueue] = {}
         self.lagging: dict[int, ClassQueue] = {}
         """Demands that may be said a little later."""
+        self.reclaimed_early: set[int] = set()
+        """Leases that the raylet wants back although their grant has not arrived yet."""
         self.returns: list[int] = []
         self.recalls: list[tuple[Lease, tuple[bytes, ...]]] = []
 
@@ -232,6 +234,10 @@ class TaskDispatcher:
         cls = lease.cls
         cls.leases[lease.lease_id] = lease
         self.leases[lease.lease_id] = lease
+        if lease.lease_id in self.reclaimed_early:
+            self.reclaimed_early.clear()
+            self.give_back(lease)
+            return
         if not cls.queue and len(cls.leases) > cls.want:
             self.give_back(lease)
             return
@@ -272,7 +278,10 @@ class TaskDispatcher:
             if not lease.inflight and not lease.cls.queue:
                 self.give_back(lease)
         named = self.leases.get(lease_id)
-        if named is not None:
+        if named is None:
+            if lease_id:
+                self.reclaimed_early.add(lease_id)
+        else:
             named.closing = True
             if named.in_room:
                 named.in_room = False

@@ -110,7 +110,7 @@ class Node:
             node_id=node_id, cluster_id=cluster_id, head=self.spec.head, resources=resources,
             labels=self.spec.labels or {}, session_dir=session_dir,
             raylet_endpoint=f"unix:{session_dir}/sockets/raylet.sock", gcs_endpoints=tuple(endpoints),
-            arena_fd=arena.fd, arena_bytes=store_bytes, token=token,
+            arena_fd=arena.fd, arena_bytes=arena.size_bytes, token=token,
         )  # fmt: skip
         store = StoreService(self.reactor, arena, node_id)
         self.raylet = Raylet(self.reactor, self.info, self.gcs, store, template, template_spec)

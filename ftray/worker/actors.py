@@ -345,7 +345,10 @@ class ActorClient:
         elif isinstance(message, TaskReturns):
             core.submitter.finish(task, message, payload, calls.worker_id, calls.endpoint)
         elif isinstance(message, TaskFailed):
-            core.submitter.failed(task, message, payload)
+            if message.exits:
+                self.doomed.setdefault(calls.actor_id, []).append(task)  # its error is the actor's end, which follows
+            else:
+                core.submitter.failed(task, message, payload)
         else:
             core.reactor.drop(link, f"an actor answered with an unexpected {kind.__name__}")
 
@@ -372,6 +375,8 @@ class ActorClient:
             self._fail_doomed(calls)
         if calls.state == DEAD:
             self._end(calls)
+        elif record.state == ActorState.ALIVE and 0 <= record.max_restarts <= record.restarts:
+            self._let_go_of_arguments(actor_id)  # no constructor will run again
 
     def _connect(self, calls: ActorCalls) -> None:
         core = self.core
@@ -418,11 +423,15 @@ class ActorClient:
         self._fail_doomed(calls)
         for task in calls.take_all():
             self.core.submitter.fail(task, self._death_error(calls))
-        holds = self.created.get(calls.actor_id)
-        if holds:
-            self.created[calls.actor_id] = ()
-            self.core.table.remove_submitted(holds)
+        self._let_go_of_arguments(calls.actor_id)
         self.core.run_effects()
+
+    def _let_go_of_arguments(self, actor_id: bytes) -> None:
+        holds = self.created.get(actor_id)
+        if holds:
+            self.created[actor_id] = ()
+            self.core.table.remove_submitted(holds)
+            self.core.run_effects()
 
     def _death_error(self, calls: ActorCalls) -> Exception:
         record = calls.cause

@@ -549,11 +549,16 @@ class Executor:
             current_task.reset(variable)
         with core.lock:
             core.drain()
-            core.table.end_task((message.actor_id, message.incarnation))
             self.actor = mode
+            token = (message.actor_id, message.incarnation)
+            ready = ActorReady(message.actor_id, message.incarnation, mode is not None)
             link = core.raylet.link
-            if link is not None:
-                link.send(ActorReady(message.actor_id, message.incarnation, mode is not None), text)
+            # Its creator may let go of the arguments once it is alive: what it keeps of them is registered before.
+            if core.table.end_task(token) or mode is None:
+                if link is not None:
+                    link.send(ready, text)
+            elif link is not None:
+                self.deferred[token] = (link, ready, text)
             core.settle()
         if mode is None:
             self.exiting = "the actor's constructor raised"

@@ -32,6 +32,7 @@ from ftray.wire.messages import (
     ERROR,
     IN_STORE,
     INLINE,
+    AbortObject,
     CreateObject,
     FreeObjects,
     ObjectCreated,
@@ -240,7 +241,14 @@ class ObjectPlane:
             raise ObjectStoreFullError(created.error)
         arena = self.arena
         assert arena is not None
-        serialized.write_into(arena.write_view(created.offset, size))
+        try:
+            serialized.write_into(arena.write_view(created.offset, size))
+        except BaseException:
+            with core.lock:
+                core.raylet.send(AbortObject(object_id))
+                core.raylet.send(ReleaseObjects((object_id,)))
+                core.settle()
+            raise
         with core.lock:
             core.raylet.send(SealObject(object_id))
             if keep:

@@ -6,6 +6,7 @@ import gc
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from integration.counters import counter_class, patiently
@@ -189,6 +190,7 @@ def test_kill_with_restart() -> None:
     pid = ftray.get(counter.pid.remote())
     assert ftray.get(counter.add.remote(5)) == 5
     ftray.kill(counter, no_restart=False)
+    wait_for_none(lambda: is_running(pid), what="the actor's process")
     assert patiently(counter.add.remote) == 1
     assert ftray.get(counter.pid.remote()) != pid
 
