@@ -23,6 +23,7 @@ from ftray.worker import core as core_module
 from ftray.worker import inheritance, interrupts
 from ftray.worker.assembly import assemble
 from ftray.worker.core import Core, TaskContext
+from ftray.worker.serialization import set_default_ref_loader
 from ftray.worker.waiting import block
 
 
@@ -68,6 +69,7 @@ def join(
             raise FtrayError(f"the node refused this driver: {registered.error}")
     except BaseException:
         core.closed = True
+        set_default_ref_loader(None)
         with core.lock:
             core.reactor.close()
         _unlink(endpoint)
@@ -98,6 +100,7 @@ def leave(core: Core) -> None:
         core.settle()
     core.stop_loop()
     interrupts.uninstall()
+    set_default_ref_loader(None)
     if core.objects.arena is not None:
         core.objects.arena.close()
     _unlink(core.endpoint)

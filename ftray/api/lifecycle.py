@@ -20,6 +20,7 @@ from ftray.exceptions import AlreadyInitializedError, ClusterNotFoundError, Ftra
 log = logging.getLogger("ftray")
 
 REGISTER_TIMEOUT_S = 15.0
+_registered_at_fork = False
 
 _session: Session | None = None
 
@@ -85,7 +86,7 @@ def init(
     ClusterNotFoundError when there is nothing to join, AuthenticationError for a wrong token, ValueError or TypeError
     for wrong arguments, FtrayError when the node cannot start.
     """
-    global _session
+    global _session, _registered_at_fork
     if _session is not None:
         if ignore_reinit_error:
             return _session
@@ -122,7 +123,18 @@ def init(
         raise
     _session = Session(core, node, info, printer)
     atexit.register(shutdown)
+    if not _registered_at_fork:
+        _registered_at_fork = True
+        os.register_at_fork(after_in_child=_in_child)
     return _session
+
+
+def _in_child() -> None:
+    """A child made by `os.fork` has no session, and must not hold its parent's lifeline."""
+    global _session
+    session, _session = _session, None
+    if session is not None and session._node is not None:
+        session._node.forget()
 
 
 def _check_new_node(new_node: Mapping[str, Any]) -> None:
@@ -163,7 +175,7 @@ def _find(address: str) -> dict[str, Any]:
     from ftray.raylet.session import default_root, find_sessions
 
     root = os.environ.get("FTRAY_SESSION_ROOT") or default_root()
-    sessions = [each for each in find_sessions(root) if not each.get("embedded")]
+    sessions = [each for each in find_sessions(root) if any(e.startswith("tcp:") for e in each["gcs_endpoints"])]
     if address != "auto":
         host, _, port = address.removeprefix("ftray://").rpartition(":")
         if not host or not port.isdigit():

@@ -76,6 +76,13 @@ class NodeProcess:
         process.stderr.close()
         return answer
 
+    def forget(self) -> None:
+        """In a forked child: lets go of the lifeline, so that the node ends with the parent."""
+        process = self.process
+        if process.stdin is not None:
+            process.stdin.close()
+        process.returncode = 0  # it is no child of this process: nothing to wait for
+
     def stop(self) -> None:
         """Closes the lifeline and waits for the node to be gone; kills it if it takes too long."""
         process = self.process

@@ -131,8 +131,8 @@ class TaskDispatcher:
                 self._ask(cls)
 
     def _ask(self, cls: ClassQueue) -> None:
-        """Declares more demand when the queue has outgrown it. Doublings are said at once, which keeps the messages of a
-        burst few; what lies between is said when the caller blocks, or at the next tick."""
+        """Declares more demand when the queue has outgrown it. Doublings are said at once, which keeps the messages of
+        a burst few; what lies between is said when the caller blocks, or at the next tick."""
         need = len(cls.queue) + len(cls.leases)
         if need > self.want_max:
             need = self.want_max

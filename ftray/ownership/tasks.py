@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+
 class FunctionInfo:
     """A remote function or method as its submissions share it."""
 
@@ -30,8 +31,8 @@ class FunctionInfo:
 class TaskRecord(msgspec.Struct, gc=False, eq=False):
     """One submitted, unfinished task (or actor call).
 
-    Not tracked by the garbage collector: a million of them would make each of its full passes take a second. Every cycle
-    through one ends when the task does.
+    Not tracked by the garbage collector: a million of them would make each of its full passes take a second. Every
+    cycle through one ends when the task does.
     """
 
     task_id: bytes

@@ -106,7 +106,7 @@ class Submitter:
             core.reactor.flush_dirty()
 
     def _exported(self, result: Any) -> None:
-        if result is not None and result.code:
+        if result is not None and result.code and not self.core.closed:
             log.error("the GCS refused a function: %s %s", result.code, result.message)
 
     def submit(self, task: TaskRecord, payload: bytes) -> None:

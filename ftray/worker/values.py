@@ -43,6 +43,7 @@ def explain(parts: list[Part], error: Exception, attempt: Attempt) -> Serializat
     """The error to raise when pickling `parts` (names and values, one or more) together failed with `error`."""
     names = ", ".join(name for name, _ in parts[:3])
     if _is_recursion(error):
+        names = next((name for name, value in parts if _is_recursion(attempt(value)[0])), names)
         return SerializationError(
             f"{names}: nests too deeply to be pickled, or a `__reduce__` in it calls itself without end. Flatten it "
             f"(into a list, say), or raise `sys.setrecursionlimit()`, which is {sys.getrecursionlimit()}.",

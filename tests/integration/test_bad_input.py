@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -49,7 +50,7 @@ def test_an_argument_that_cannot_be_pickled_is_named() -> None:
         (lambda: add.remote(threading.Lock(), 1), "argument 1"),
         (lambda: add.remote(1, {"model": [Model()]}), r"argument 2\['model'\]\[0\]\.lock"),
         (lambda: add.remote(a=1, b=(x for x in "ab")), "argument 'b'"),
-        (lambda: add.remote(1, open(os.devnull)), "argument 2"),
+        (lambda: add.remote(1, sys._getframe()), "argument 2"),
     ]
     for call, path in cases:
         with pytest.raises(exceptions.SerializationError, match=path) as caught:
@@ -147,7 +148,6 @@ def test_an_argument_that_cannot_be_read_back_fails_the_task() -> None:
 
 
 def test_a_module_that_workers_lack_is_named() -> None:
-    import sys
     import types
 
     module = types.ModuleType("only_in_the_driver")
@@ -291,9 +291,8 @@ def test_a_reference_of_another_session_is_refused() -> None:
 def test_wrong_options_of_tasks(options: dict[str, Any], error: type[Exception], text: str) -> None:
     def function() -> None: ...
 
-    with pytest.raises(error, match=text) as caught:
+    with pytest.raises(error, match=text):
         ftray.remote(**options)(function)
-    assert "function" in str(caught.value) or "resource" in str(caught.value) or "num_" in str(caught.value)
     with pytest.raises(error, match=text):
         ftray.remote(function).options(**options)
 
@@ -410,7 +409,6 @@ def test_a_task_that_forks_a_child_which_exits() -> None:
 
     @ftray.remote
     def exits() -> Any:
-        import sys
 
         child = os.fork()
         if child == 0:
@@ -487,7 +485,6 @@ def test_a_task_that_uses_a_pool_of_processes() -> None:
 def test_a_task_that_closes_its_output_and_changes_directory() -> None:
     @ftray.remote
     def rude() -> str:
-        import sys
 
         os.chdir("/")
         sys.stdout.close()
