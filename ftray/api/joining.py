@@ -26,6 +26,9 @@ from ftray.worker.core import Core, TaskContext
 from ftray.worker.serialization import set_default_ref_loader
 from ftray.worker.waiting import block
 
+LAST_OUTPUT_TIMEOUT_S = 0.5
+"""How long `shutdown` waits for what workers have printed."""
+
 
 def join(
     info: Mapping[str, Any], namespace: str, log_to_driver: bool, timeout_s: float
@@ -93,8 +96,14 @@ def leave(core: Core) -> None:
     """Says goodbye and closes everything; pending references fail from then on."""
     core_module.set_core(None)
     with core.lock:
-        if not core.closed:
+        goodbye = not core.closed
+        if goodbye:
             core.raylet.send(Unregister("shutdown"))
+            core.settle()
+    if goodbye and core.log_sink is not None:
+        block(core.reactor, core.raylet.output_ended.waiter, LAST_OUTPUT_TIMEOUT_S)
+    with core.lock:
+        if not core.closed:
             core.fail_all(FtrayError("ftray.shutdown() was called"))
         core.gcs.close()
         core.settle()

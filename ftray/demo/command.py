@@ -29,7 +29,7 @@ from ftray.demo.killer import Killer, schedule
 from ftray.demo.report import Display, Outcome, killed_line, recovery_line, tables
 from ftray.demo.trace import History, TraceReader
 
-KILL_PERIOD_MS = 1_000.0
+KILL_PERIOD_MS = 600.0
 CHUNK_BYTES = 300_000
 WATCH_PERIOD_S = 0.005
 TOP_ROWS = 12
@@ -38,7 +38,7 @@ INTERRUPTED = 130
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--kills", type=click.IntRange(0), help="Kill so many.  [default: one each second until the end]")
+@click.option("--kills", type=click.IntRange(0), help="Kill so many.  [default: go on until the end]")
 @click.option("--no-chaos", is_flag=True, help="Kill nothing: the same as --kills 0.")
 @click.option("--seed", type=int, help="Of the times and victims of the kills.  [default: another one each time]")
 @click.option("--cpus", type=click.IntRange(1), help="Tasks at the same time.  [default: the CPUs of this process]")
@@ -124,7 +124,7 @@ def run(display: Display, kills: int | None, seed: int, cpus: int, file_count: i
 def kills_text(kills: int | None) -> str:
     """What is said about the kills beforehand."""
     if kills is None:
-        return "while a process is killed each second"
+        return f"while a process is killed every {KILL_PERIOD_MS / 1e3:g} s"
     return f"while {kills} processes are killed" if kills else "undisturbed"
 
 
@@ -160,7 +160,8 @@ def run_job(
     display.update(len(history.ended - {job.GATHERER}))
     display.stop()
     outcome.attempts = history.attempts()
-    outcome.repeated = history.repeated()
+    outcome.run_again = history.repeated() - history.repeated(job.GATHER_PREFIX) - history.repeated(job.GATHERER)
+    outcome.sent_again = history.repeated(job.GATHER_PREFIX)
 
 
 class Watcher:

@@ -22,8 +22,10 @@ from ftray.demo.trace import traced
 PARTITIONS = 4
 CHUNKS_PER_ROUND = 10
 ROUNDS_AT_ONCE = 2
-GATHERER = "gatherer"
-"""The name of the gatherer's constructor in the trace."""
+GATHERER = "constructor"
+"""The gatherer's constructor in the trace."""
+GATHER_PREFIX = "gather/"
+"""The beginning of the names of its calls."""
 
 PartKey = tuple[int, int]
 """Round and partition."""
@@ -70,7 +72,7 @@ class Gatherer:
 
     def add(self, key: PartKey, part: Counts) -> None:
         """Takes a part; once or several times makes no difference."""
-        with traced(self.trace, f"gather/{key[0]}/{key[1]}"):
+        with traced(self.trace, f"{GATHER_PREFIX}{key[0]}/{key[1]}"):
             self.parts[key] = part
 
     def collect(self, keys: Sequence[PartKey]) -> tuple[list[PartKey], Counts | None]:

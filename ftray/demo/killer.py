@@ -19,11 +19,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ftray.demo.job import GATHERER
+from ftray.demo.job import GATHERER as CONSTRUCTOR
 from ftray.demo.trace import History, clock_ms
 from ftray.exceptions import FtrayError
 
 WORKER = "worker"
+GATHERER = "gatherer"
 
 
 @dataclass(slots=True)
@@ -86,7 +87,7 @@ class Killer:
         """Looks which of the interrupted tasks have begun again."""
         for kill in self.kills:
             if kill.recovery_ms is None:
-                task = GATHERER
+                task = CONSTRUCTOR
                 if kill.victim == WORKER:
                     kill.task = self._history.running().get(kill.pid, "")  # it may have ended just before
                     task = self._history.interrupted(kill.pid)
@@ -112,8 +113,8 @@ class Killer:
             return False
         actors = [row["pid"] for row in workers if row["pid"] and row["actor_id"]]
         if victim == GATHERER:
-            alive = {pid for pid, _ in self._history.begins.get(GATHERER, ())}
-            candidates = [pid for pid in actors if pid in alive and running.get(pid) != GATHERER]
+            alive = {pid for pid, _ in self._history.begins.get(CONSTRUCTOR, ())}
+            candidates = [pid for pid in actors if pid in alive and running.get(pid) != CONSTRUCTOR]
         else:
             candidates = [row["pid"] for row in workers if row["pid"] in running and row["pid"] not in actors]
         killed = {kill.pid for kill in self.kills}
@@ -126,7 +127,7 @@ class Killer:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
             return False
-        kill = Kill(victim, pid, at_ms, GATHERER if victim == GATHERER else running.get(pid, ""))
+        kill = Kill(victim, pid, at_ms, CONSTRUCTOR if victim == GATHERER else running.get(pid, ""))
         self.kills.append(kill)
         self._on_kill(kill)
         return True

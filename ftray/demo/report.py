@@ -88,7 +88,8 @@ class Outcome:
     job_s: float = 0.0
     check_s: float = 0.0
     attempts: int = 0
-    repeated: int = 0
+    run_again: int = 0
+    sent_again: int = 0
     kills: list[Kill] = field(default_factory=list)
     result: Counts = field(default_factory=Counts)
     differences: list[str] = field(default_factory=list)
@@ -107,7 +108,8 @@ class Outcome:
             "size_bytes": self.size_bytes,
             "tasks": self.tasks,
             "attempts": self.attempts,
-            "repeated": self.repeated,
+            "run_again": self.run_again,
+            "sent_again": self.sent_again,
             "start_s": round(self.start_s, 3),
             "job_s": round(self.job_s, 3),
             "check_s": round(self.check_s, 3),
@@ -148,7 +150,8 @@ def run_rows(outcome: Outcome) -> list[tuple[str, str]]:
     rows = [
         ("files, bytes", f"{outcome.files:,}, {outcome.size_bytes / 1e6:.1f} MB"),
         ("tasks and calls", f"{outcome.tasks:,}"),
-        ("executions begun again", f"{outcome.repeated:,}"),
+        ("tasks run again", f"{outcome.run_again:,}"),
+        ("parts sent to the gatherer again", f"{outcome.sent_again:,}"),
         ("SIGKILLs", _by_victim(victims) if victims else "none"),
     ]
     if recoveries:

@@ -85,9 +85,9 @@ class History:
         """Executions begun."""
         return sum(len(each) for each in self.begins.values())
 
-    def repeated(self) -> int:
-        """Executions beyond the first of each task."""
-        return self.attempts() - len(self.begins)
+    def repeated(self, prefix: str = "") -> int:
+        """Executions beyond the first of each task whose name begins so."""
+        return sum(len(each) - 1 for task, each in self.begins.items() if task.startswith(prefix))
 
     def interrupted(self, pid: int) -> str:
         """The task that a killed process was in, or was the last to begin; empty if it never began one."""

@@ -24,7 +24,7 @@ from functools import partial
 from ftray.config import Config
 from ftray.gcs.replica import Replica, ReplicaClosedError, Request
 from ftray.gcs.state import effects as e
-from ftray.gcs.state.commands import AnyCommand, encode_command
+from ftray.gcs.state.commands import ActorUnschedulable, AnyCommand, encode_command
 from ftray.gcs.state.health import NodeHealth
 from ftray.gcs.state.managers import ActorManager, JobManager
 from ftray.gcs.state.tables import ActorState, Change, NodeState, Result, Table
@@ -130,8 +130,9 @@ class Leader:
             case e.StopJob(node_id, job_id):
                 if not self._send_to_node(node_id, m.JobEnded(job_id), b""):
                     self._ended_jobs.setdefault(node_id, set()).add(job_id)
-            case e.ReportInfeasible(actor_id, _, missing):
+            case e.ReportInfeasible(actor_id, incarnation, missing):
                 log.warning("no node can ever run actor %s: %s", actor_id.hex(), missing)
+                return self._submit(ActorUnschedulable(actor_id, incarnation, missing))
             case e.Probe():
                 _Probe(self._reactor, effect, self._probed)
         return False

@@ -213,6 +213,20 @@ class LogHub:
                 outlet.dropped = 0
             outlet.lines = []
 
+    def goodbye(self, job_id: bytes, workers: Iterable[WorkerLogs]) -> None:
+        """The job's driver is about to leave: it gets what its workers have printed so far, lines without an end
+        included, and then an empty message."""
+        outlet = self._outlets.get(job_id)
+        if outlet is None:
+            return
+        for logs in workers:
+            if logs.job_id == job_id:
+                for stream in logs.streams:
+                    self._read_all(logs, stream)
+                    self._lines(logs, stream, stream.splitter.finish())
+        self._flush()
+        outlet.link.send(LogLines((), 0))
+
     # --- workers -----------------------------------------------------------------------------------------------------
 
     def add(self, pid: int, out_fd: int, err_fd: int) -> WorkerLogs:
@@ -268,13 +282,16 @@ class LogHub:
             stream.fd = -1
         stream.file.close()
 
+    def _read_all(self, logs: WorkerLogs, stream: Stream) -> None:
+        """Reads what is in a pipe, no more than it can hold: somebody may go on writing."""
+        for _ in range(64):
+            if stream.fd < 0 or not self._read(logs, stream):
+                break
+
     def finish(self, logs: WorkerLogs) -> None:
         """The process has been reaped: reads what it left in the pipes (no more than they hold), closes them."""
         for stream in logs.streams:
-            if stream.fd >= 0:
-                for _ in range(64):  # a child of user code may hold the other end and go on writing
-                    if not self._read(logs, stream):
-                        break
+            self._read_all(logs, stream)
             if stream.fd >= 0:
                 self._lines(logs, stream, stream.splitter.finish())
                 self._end(stream)

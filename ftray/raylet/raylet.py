@@ -221,6 +221,8 @@ class Raylet:
         client.goodbye = message.reason or ("its program ended" if client.driver else "it left")
         if not client.driver:
             self.leases.pool.retire(client.worker_id)
+        elif client.log_to_driver:
+            self.logs.goodbye(client.job_id, [p.logs for p in self.processes.by_id.values() if p.logs is not None])
 
     # --- deaths -------------------------------------------------------------------------------------------------------
 

@@ -167,6 +167,7 @@ class ThreadMode(_Mode):
             self.call(executor, link, message, payload)
             if executor.exiting:
                 executor.wake()
+            executor.flush_prints()
             with executor.reactor.lock:
                 executor.reactor.flush_dirty()
             del link, message, payload
@@ -270,6 +271,7 @@ class AsyncioMode(_AsyncMode):
 
     def _flush(self, executor: Executor) -> None:
         self._flush_scheduled = False
+        executor.flush_prints()
         with executor.reactor.lock:
             executor.reactor.flush_dirty()
         if executor.dead_callers:
@@ -309,6 +311,7 @@ class TrioMode(_AsyncMode):
                 await self.acall(executor, link, message, payload)
             finally:
                 limiter.release()
+                executor.flush_prints()
                 with executor.reactor.lock:
                     executor.reactor.flush_dirty()
                 if executor.exiting:

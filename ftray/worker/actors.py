@@ -446,6 +446,8 @@ class ActorClient:
         if record.kind == DeathKind.CREATION_FAILED:
             text = cause.reason if cause is not None else ""
             return ActorDiedError(f"its constructor raised\n{text}", actor_id=actor_id, class_name=calls.name)
+        if record.kind == DeathKind.UNSCHEDULABLE:
+            return ActorUnschedulableError(cause.reason if cause else "", actor_id=actor_id, class_name=calls.name)
         if record.kind == DeathKind.WORKER_DIED and cause is not None:
             return ActorDiedError(cause, actor_id=actor_id, class_name=calls.name)
         reason = cause.reason if cause is not None and cause.reason else str(record.kind).replace("_", " ")
@@ -457,10 +459,6 @@ class ActorClient:
             calls.state = DEAD
             calls.cause = error
             self._end(calls)
-
-    def unschedulable(self, actor_id: bytes, missing: str) -> None:
-        """No node can host it."""
-        self._dead(actor_id, ActorUnschedulableError(missing, actor_id=actor_id.hex()))
 
     def describe(self, task_id: bytes) -> str:
         """What a pending call waits for, in words; empty when it is no call of ours."""

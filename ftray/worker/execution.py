@@ -117,6 +117,7 @@ class Executor:
         self.exiting = ""
         self.running: PushTask | PushActorTask | None = None
         self.main_thread = threading.get_ident()
+        self.streams: list[Any] = []
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.reactor.watch(self._wake_fd, self._woken)
         self.greeting = ChannelGreeting(self)
@@ -184,6 +185,7 @@ class Executor:
                 if self.actor is not None and self.actor.takes_over:
                     self.actor.serve(self)
                     continue
+                self.flush_prints()
                 with reactor.lock:
                     reactor.flush_dirty()
                 if self.dead_callers:
@@ -203,11 +205,22 @@ class Executor:
             if last_flush == 0.0:
                 last_flush = now
             if not self.pending or now - last_flush > FLUSH_AFTER_S or len(link.out) > FLUSH_BYTES:
+                self.flush_prints()
                 with reactor.lock:
                     reactor.flush_dirty()
                 last_flush = now
         with reactor.lock:
             reactor.flush_dirty()
+
+    def flush_prints(self) -> None:
+        """Writes lines that the user's code has printed without an end: a reply may be the last thing we do."""
+        for stream in self.streams:
+            if stream.partial:
+                stream.partial = False
+                try:
+                    stream.flush()
+                except (OSError, ValueError):
+                    pass  # closed by the user's code
 
     def _bury_callers(self) -> None:
         core = self.core

@@ -33,6 +33,8 @@ class TaskStream(io.TextIOWrapper):
     """stdout or stderr of a worker: says whose output it is whenever that changes."""
 
     _name = ""
+    partial = False
+    """The last line has no end yet, so it is still in the buffer."""
 
     def write(self, text: str) -> int:
         context = current_task.get()
@@ -40,26 +42,31 @@ class TaskStream(io.TextIOWrapper):
         if name != self._name:
             self._name = name
             super().write(f"{MARKER}{name}\n")
+        self.partial = not text.endswith("\n")
         return super().write(text)
 
 
-def _wrap_streams() -> None:
+def _wrap_streams() -> list[TaskStream]:
+    streams = []
     for number, attribute in ((1, "stdout"), (2, "stderr")):
         raw: Any = open(number, "wb", buffering=0, closefd=False)
         stream = TaskStream(io.BufferedWriter(raw), encoding="utf-8", errors="backslashreplace", line_buffering=True)
         setattr(sys, attribute, stream)
+        streams.append(stream)
+    return streams
 
 
 def worker_main(start: WorkerStart) -> None:
     """Runs a worker; never returns."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s %(levelname)s %(message)s")
-    _wrap_streams()
+    streams = _wrap_streams()
     config: Config = start.config
     endpoint = f"unix:{start.session_dir}/sockets/w-{start.worker_id.hex()[:12]}.sock"
     core = Core(config, start.token, start.cluster_id, start.worker_id, endpoint, is_driver=False)
     core.node_id = start.node_id
     core.raylet_endpoint = start.raylet_endpoint
     executor = Executor(core)
+    executor.streams = streams
     core.executor = executor
     assemble(core, start.session_dir)
     core.objects.arena = Arena.inherited(start.arena_fd, start.arena_bytes)

@@ -48,6 +48,8 @@ class RayletClient:
         self.core = core
         self.link: Link | None = None
         self.registered: Answer = Answer()
+        self.output_ended: Answer = Answer()
+        """After a driver's goodbye: the raylet has sent all that the workers have printed."""
         self._requests: dict[int, Answer | Callable[[Any, Any], None]] = {}
         self._next_request = 0
 
@@ -110,7 +112,9 @@ class RayletClient:
             elif waiting is not None:
                 waiting(message, payload)
         elif isinstance(message, LogLines):
-            if core.log_sink is not None:
+            if not message.lines and not message.dropped:
+                self.output_ended.give(None)
+            elif core.log_sink is not None:
                 core.log_sink(message)
         elif isinstance(message, Registered):
             self.registered.give(message, msgspec.msgpack.decode(bytes(payload), type=Config) if payload else None)
@@ -126,6 +130,7 @@ class RayletClient:
             # A worker without its raylet has no resources and no owner to answer to.
             os._exit(0 if core.closed else 1)
         self.link = None
+        self.output_ended.give(None)
         if not core.closed:
             core.fail_all(error or LocalRayletDiedError(f"the node process of this session is gone: {reason}"))
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from ftray.demo.job import GATHERER
-from ftray.demo.killer import WORKER, Kill, Killer, schedule
+from ftray.demo.job import GATHERER as CONSTRUCTOR
+from ftray.demo.killer import GATHERER, WORKER, Kill, Killer, schedule
 from ftray.demo.trace import History, TraceReader, clock_ms, traced
 from ftray.exceptions import FtrayError
 
@@ -57,7 +57,7 @@ def test_half_a_line_waits_for_its_other_half(tmp_path: Path) -> None:
 
 def test_a_task_begun_again_elsewhere_counts_as_repeated_and_as_the_recovery() -> None:
     history = history_of(("begin", "a", 7, 1.0), ("begin", "b", 8, 2.0), ("begin", "a", 8, 12.0), ("end", "a", 8, 13.0))
-    assert (history.attempts(), history.repeated()) == (3, 1)
+    assert (history.attempts(), history.repeated(), history.repeated("b")) == (3, 1, 0)
     assert history.interrupted(7) == "a"
     assert history.began_again("a", after_ms=5.0, killed_pid=7) == 12.0
     assert history.began_again("a", after_ms=5.0, killed_pid=8) is None
@@ -147,14 +147,14 @@ def test_only_a_worker_of_the_session_that_is_in_a_task_is_killed(scene: Scene) 
 def test_the_gatherer_is_killed_once_it_is_there(scene: Scene) -> None:
     scene.start()
     actor = scene.start(actor_id="ab")
-    scene.history.add("begin", GATHERER, actor, clock_ms())
+    scene.history.add("begin", CONSTRUCTOR, actor, clock_ms())
     scene.killer.step()
     assert scene.said == []
-    scene.history.add("end", GATHERER, actor, clock_ms())
+    scene.history.add("end", CONSTRUCTOR, actor, clock_ms())
     scene.killer.step()
     (kill,) = scene.said
     assert (kill.pid, kill.victim) == (actor, GATHERER)
-    scene.history.add("begin", GATHERER, 999_999, kill.at_ms + 40.0)
+    scene.history.add("begin", CONSTRUCTOR, 999_999, kill.at_ms + 40.0)
     scene.killer.look()
     assert kill.recovery_ms == pytest.approx(40.0)
 

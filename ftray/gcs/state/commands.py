@@ -178,6 +178,14 @@ class ActorUnplaced(Command, frozen=True, tag=36):
     reason: str
 
 
+class ActorUnschedulable(Command, frozen=True, tag=37):
+    """No node of the cluster could ever host this life, and none has joined in a while: the actor ends."""
+
+    actor_id: bytes
+    incarnation: int
+    missing: str
+
+
 class WorkerDied(Command, frozen=True, tag=40):
     """A worker or driver process is gone: its actor fails over, what it owned ends, the job that it drove finishes."""
 
@@ -195,7 +203,7 @@ class ForgetClients(Command, frozen=True, tag=90):
 AnyCommand = (
     RegisterNode | MarkNodeDead | AddJob | FinishJob | KvPut | KvDelete
     | RegisterActor | ActorPlacing | ActorAlive | ActorDied | ActorOutOfScope | KillActor | ActorUnplaced
-    | WorkerDied | ForgetClients
+    | ActorUnschedulable | WorkerDied | ForgetClients
 )  # fmt: skip
 
 _encode = msgspec.msgpack.Encoder().encode

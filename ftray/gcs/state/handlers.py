@@ -319,6 +319,15 @@ def kill_actor(store: Store, command: c.KillActor) -> Value:
     return None
 
 
+def actor_unschedulable(store: Store, command: c.ActorUnschedulable) -> Value:
+    actor = _known_actor(store, command.actor_id)
+    if actor.incarnation != command.incarnation or actor.state not in lifecycle.WAITING:
+        raise Refusal(Code.STALE_INCARNATION, "the actor has been placed, or has ended, since that was found")
+    cause = DeathCauseRecord(what=actor.class_name, reason=command.missing)
+    failures.end_actor(store, actor, DeathKind.UNSCHEDULABLE, cause)
+    return None
+
+
 # --- checks ---------------------------------------------------------------------------------------------------------
 
 
@@ -388,6 +397,7 @@ HANDLERS: dict[type, Callable[[Store, Any], Value]] = {
     c.AddJob: add_job,
     c.FinishJob: finish_job,
     c.WorkerDied: worker_died,
+    c.ActorUnschedulable: actor_unschedulable,
     c.KvPut: kv_put,
     c.KvDelete: kv_delete,
     c.RegisterActor: register_actor,

@@ -91,6 +91,7 @@ class DeathKind(enum.StrEnum):
     JOB_FINISHED = "job_finished"
     OUT_OF_SCOPE = "out_of_scope"
     KILLED = "killed"
+    UNSCHEDULABLE = "unschedulable"
     EXITED = "exited"
     """Left of its own will."""
 

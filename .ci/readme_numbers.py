@@ -1,6 +1,6 @@
 """Put figures into the README: the table between its two `numbers` marks.
 
-Usage: ftray microbenchmark --json | python .ci/numbers.py [README.md]
+Usage: ftray microbenchmark --json | python .ci/readme_numbers.py [README.md]
 """
 
 from __future__ import annotations
