@@ -17,18 +17,14 @@ Rejected: a thread for each task (a handover for each); the loop receiving for t
 from __future__ import annotations
 
 import atexit
-import inspect
 import logging
 import os
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
 from threading import get_ident
 from typing import TYPE_CHECKING, Any
-
-import msgspec
 
 from ftray.exceptions import ActorExit, FtrayError
 from ftray.ids import return_id
@@ -36,8 +32,6 @@ from ftray.wire.messages import (
     ERROR,
     IN_STORE,
     INLINE,
-    ActorCreation,
-    ActorReady,
     CreateActor,
     ExitWorker,
     Message,
@@ -56,8 +50,9 @@ from ftray.wire.messages import (
     WorkerUnblocked,
 )
 from ftray.wire.reactor import Link, Reactor
-from ftray.worker.core import Core, TaskContext, current_task, task_context
-from ftray.worker.failures import load_task_error, remote_traceback, task_error_payload
+from ftray.worker.actor_birth import become_actor
+from ftray.worker.core import Core, current_task, task_context
+from ftray.worker.failures import load_task_error, task_error_payload
 from ftray.worker.objects import Answer
 from ftray.worker.serialization import deserialize, deserialize_args, loading_refs, serialize
 from ftray.worker.submit import FUNCTIONS
@@ -231,7 +226,7 @@ class Executor:
 
     def _control(self, message: Message, payload: bytes) -> None:
         if isinstance(message, CreateActor):
-            self.create_actor(message, payload)
+            become_actor(self, message, payload)
         elif isinstance(message, ExitWorker):
             if message.reason == IDLE_EXIT and self._is_needed():
                 return
@@ -528,53 +523,7 @@ class Executor:
         """Cancelling a queued task is a recall by its owner; a running one is not interrupted here."""
         log.info("cancel of %s (force=%s) is not acted on: the task runs to its end", task_id.hex(), force)
 
-    # --- becoming an actor -------------------------------------------------------------------------------------------
-
-    def create_actor(self, message: CreateActor, payload: bytes) -> None:
-        """Runs the constructor, and reports."""
-        from ftray.worker.actor_modes import make_mode
-
-        core = self.core
-        if self.assigned.message is None:
-            block(core.reactor, self.assigned.waiter, None)
-        spec = msgspec.msgpack.decode(payload, type=ActorCreation)
-        self.actor_id = message.actor_id
-        self.incarnation = message.incarnation
-        context = task_context(message.actor_id, message.incarnation, f"{spec.class_name}.__init__", message.actor_id)
-        variable = current_task.set(context)
-        text = b""
-        mode: ActorMode | None = None
-        try:
-            cls = self.function(spec.class_id)
-            push = PushActorTask(
-                message.actor_id, message.actor_id, "__init__", 0, message.incarnation, len(spec.args), spec.deps
-            )
-            body = spec.args + b"".join(spec.inline)
-            with core.lock:
-                core.table.begin_task((message.actor_id, message.incarnation))
-            args, kwargs = self.arguments(push, body)
-            mode = make_mode(spec, cls, args, kwargs)
-            del args, kwargs
-        except BaseException as error:
-            text = remote_traceback(error).encode("utf-8", "replace")
-            error.__traceback__ = None
-        finally:
-            current_task.reset(variable)
-        with core.lock:
-            core.drain()
-            self.actor = mode
-            token = (message.actor_id, message.incarnation)
-            ready = ActorReady(message.actor_id, message.incarnation, mode is not None)
-            link = core.raylet.link
-            # Its creator may let go of the arguments once it is alive: what it keeps of them is registered before.
-            if core.table.end_task(token) or mode is None:
-                if link is not None:
-                    link.send(ready, text)
-            elif link is not None:
-                self.deferred[token] = (link, ready, text)
-            core.settle()
-        if mode is None:
-            self.exiting = "the actor's constructor raised"
+    # --- the end --------------------------------------------------------------------------------------------------------
 
     def exit_now(self) -> None:
         """Says goodbye and ends the process."""
@@ -589,19 +538,3 @@ class Executor:
             sys.stderr.flush()
         finally:
             os._exit(0)
-
-
-def run_method(method: Callable[..., Any], args: list[Any], kwargs: dict[str, Any]) -> Any:
-    """Calls a method; of its own, so that a traceback can be trimmed at this frame."""
-    return method(*args, **kwargs)
-
-
-def is_asynchronous(cls: type) -> bool:
-    """Whether a class has coroutine methods (inherited ones count)."""
-    return any(
-        inspect.iscoroutinefunction(member) or inspect.isasyncgenfunction(member)
-        for _, member in inspect.getmembers(cls, inspect.isfunction)
-    )
-
-
-__all__ = ["Executor", "TaskContext", "is_asynchronous", "run_method", "threading"]

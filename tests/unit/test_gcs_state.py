@@ -29,6 +29,7 @@ EXAMPLES: list[Any] = [
     c.ActorOutOfScope(A, DRIVER),
     c.KillActor(A, True, "enough"),
     c.ActorUnplaced(A, 0, N1, "no room"),
+    c.ActorUnschedulable(A, 0, "9 CPU asked, no node has more than 2"),
     c.WorkerDied(B, N1, CAUSE),
     c.ForgetClients([DRIVER]),
 ]

@@ -1,0 +1,64 @@
+"""How a worker becomes an actor: the constructor runs, and the raylet hears of it.
+
+Role: shell, in the worker's main thread.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from ftray.wire.messages import ActorCreation, ActorReady, CreateActor, PushActorTask
+from ftray.worker.actor_modes import ActorMode, make_mode
+from ftray.worker.core import current_task, task_context
+from ftray.worker.failures import remote_traceback
+from ftray.worker.waiting import block
+
+if TYPE_CHECKING:
+    from ftray.worker.execution import Executor
+
+
+def become_actor(executor: Executor, message: CreateActor, payload: bytes) -> None:
+    """Runs the constructor, and reports. One that raised ends the worker."""
+    core = executor.core
+    if executor.assigned.message is None:
+        block(core.reactor, executor.assigned.waiter, None)
+    spec = msgspec.msgpack.decode(payload, type=ActorCreation)
+    executor.actor_id = message.actor_id
+    executor.incarnation = message.incarnation
+    context = task_context(message.actor_id, message.incarnation, f"{spec.class_name}.__init__", message.actor_id)
+    variable = current_task.set(context)
+    text = b""
+    mode: ActorMode | None = None
+    try:
+        cls = executor.function(spec.class_id)
+        push = PushActorTask(
+            message.actor_id, message.actor_id, "__init__", 0, message.incarnation, len(spec.args), spec.deps
+        )
+        body = spec.args + b"".join(spec.inline)
+        with core.lock:
+            core.table.begin_task((message.actor_id, message.incarnation))
+        args, kwargs = executor.arguments(push, body)
+        mode = make_mode(spec, cls, args, kwargs)
+        del args, kwargs
+    except BaseException as error:
+        text = remote_traceback(error).encode("utf-8", "replace")
+        error.__traceback__ = None
+    finally:
+        current_task.reset(variable)
+    with core.lock:
+        core.drain()
+        executor.actor = mode
+        token = (message.actor_id, message.incarnation)
+        ready = ActorReady(message.actor_id, message.incarnation, mode is not None)
+        link = core.raylet.link
+        # Its creator may let go of the arguments once it is alive: what it keeps of them is registered before.
+        if core.table.end_task(token) or mode is None:
+            if link is not None:
+                link.send(ready, text)
+        elif link is not None:
+            executor.deferred[token] = (link, ready, text)
+        core.settle()
+    if mode is None:
+        executor.exiting = "the actor's constructor raised"
