@@ -147,7 +147,7 @@ class ActorClass:
         handle_ref: ObjectRef[Any] = ObjectRef(actor_id + INDEX0, core)
         if made != actor_id:
             with core.lock:
-                core.actors.created.pop(actor_id, None)
+                core.actors.not_made(actor_id)
             return get_actor(actor_name, namespace)
         return ActorHandle(handle_ref, name, self._methods, task_retries)
 

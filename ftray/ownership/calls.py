@@ -24,7 +24,7 @@ class ActorCalls:
 
     __slots__ = (
         "actor_id", "cause", "connecting", "endpoint", "handle_id", "incarnation", "inflight", "inflight_max",
-        "link", "name", "name_kept", "node_id", "pushes", "queue", "state", "worker_id",
+        "link", "linked", "name", "name_kept", "node_id", "pushes", "queue", "state", "worker_id",
     )  # fmt: skip
 
     def __init__(self, actor_id: bytes, name: str, handle_id: bytes, inflight_max: int = 4096) -> None:
@@ -38,6 +38,8 @@ class ActorCalls:
         self.endpoint = ""
         self.cause: Any = None
         self.link: Any = None
+        self.linked = -1
+        """The incarnation that it leads to: it may be open still when the next one is alive."""
         self.connecting = False
         self.queue: deque[TaskRecord] = deque()
         self.inflight: dict[bytes, TaskRecord] = {}
@@ -96,7 +98,6 @@ class ActorCalls:
             return False
         if incarnation == self.incarnation and state == self.state:
             return False
-        newer = incarnation > self.incarnation
         self.state = state
         self.incarnation = incarnation
         if cause is not None:
@@ -104,6 +105,8 @@ class ActorCalls:
         if state != ALIVE:
             return False
         self.worker_id, self.node_id, self.endpoint = worker_id, node_id, endpoint
+        newer = incarnation != self.linked
+        self.linked = incarnation
         return newer or (self.link is None and not self.connecting)
 
     def take_all(self) -> list[TaskRecord]:

@@ -180,10 +180,17 @@ class ActorClient:
             raise GcsUnavailableError(f"actor {creation.class_name} could not be registered")
         if result.code:
             with core.lock:
-                self.created.pop(actor_id, None)
-                self._forget(actor_id)
+                self.not_made(actor_id)
+                core.table.remove_local(actor_id + INDEX0)
+                core.settle()
             raise ValueError(f"actor {register.name!r} cannot be created: {result.message}")
         return actor_id if not result.value else bytes(result.value)
+
+    def not_made(self, actor_id: bytes) -> None:
+        """The name is another actor's: there is nothing to end."""
+        self._let_go_of_arguments(actor_id)
+        self.created.pop(actor_id, None)
+        self._forget(actor_id)
 
     def watch(self, actor_id: bytes, class_name: str) -> ActorCalls:
         """The call queue of an actor, made (and its record watched) at first use."""

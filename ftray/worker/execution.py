@@ -523,7 +523,7 @@ class Executor:
         """Cancelling a queued task is a recall by its owner; a running one is not interrupted here."""
         log.info("cancel of %s (force=%s) is not acted on: the task runs to its end", task_id.hex(), force)
 
-    # --- the end --------------------------------------------------------------------------------------------------------
+    # --- the end -----------------------------------------------------------------------------------------------------
 
     def exit_now(self) -> None:
         """Says goodbye and ends the process."""

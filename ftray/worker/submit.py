@@ -425,6 +425,8 @@ class Submitter:
             entry = core.entries.get(object_id)
             if entry is not None and entry.state == waiting.PENDING:
                 core.objects.resolve(object_id, entry, waiting.FAILED, error)
+            if isinstance(error, Exception) or task.num_returns > 1:
+                core.objects.free_in_store(object_id)  # it may have been written before what failed the task
         self.release(task)
 
     def release(self, task: TaskRecord) -> None:

@@ -291,8 +291,8 @@ def test_a_program_goes_on_after_ctrl_c() -> None:
     running = forever.remote()
     caught = 0
     for _ in range(20):
-        threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT)).start()
         try:
+            threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT)).start()
             if caught % 2:
                 ftray.get(running)
             else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -393,6 +394,38 @@ def test_timeouts_and_waits_keep_nothing(tmp_path: Path) -> None:
     ftray.wait(refs, timeout=0.01)
     refs[0].future().cancel()
     release.touch()
+
+
+def test_a_result_written_before_its_task_failed() -> None:
+    @ftray.remote(num_returns=2, max_retries=0)
+    def half() -> Any:
+        return bytes(LARGE), threading.Lock()
+
+    @ftray.remote(num_returns=2, max_retries=0)
+    def dies() -> Any:
+        class Dies:
+            def __reduce__(self) -> Any:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        return bytes(LARGE), Dies()
+
+    for task, error in ((half, exceptions.SerializationError), (dies, exceptions.WorkerCrashedError)):
+        with pytest.raises(error):
+            ftray.get(task.remote()[0], timeout=20)
+
+
+def test_a_constructor_that_is_not_needed() -> None:
+    @ftray.remote
+    class Shared:
+        def __init__(self, value: Any, box: Any) -> None: ...
+
+    def make(**options: Any) -> Any:
+        return Shared.options(name="shared", **options).remote(ftray.put(bytes(LARGE)), [ftray.put(bytes(LARGE))])
+
+    first = make()
+    assert make(get_if_exists=True) == first
+    with pytest.raises(ValueError, match="shared"):
+        make()
 
 
 def test_exceptions_keep_nothing() -> None:

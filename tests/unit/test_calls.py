@@ -58,6 +58,14 @@ def test_at_most_once_unless_retries_are_allowed() -> None:
     assert pushed(calls) == [b"1", b"3", b"4"]
 
 
+def test_the_next_life_may_begin_before_the_link_to_the_last_one_closes() -> None:
+    calls = ActorCalls(b"a", "A", b"h")
+    alive(calls)
+    assert not calls.update(RESTARTING, 1, b"", b"", "", None)
+    assert calls.link is not None
+    assert calls.update(ALIVE, 1, b"w", b"n", "unix:/w", None), "connect anew"
+
+
 def test_old_news_is_ignored() -> None:
     calls = ActorCalls(b"a", "A", b"h")
     alive(calls, 2)
