@@ -13,7 +13,6 @@ Rejected: an event loop in a thread of its own (two handovers for each call).
 from __future__ import annotations
 
 import inspect
-import os
 import queue
 import threading
 import time
@@ -24,6 +23,7 @@ from ftray.ids import short
 from ftray.wire.messages import ActorCreation, PushActorTask
 from ftray.wire.reactor import Link
 from ftray.worker.core import current_task, task_context
+from ftray.worker.inheritance import end_child
 from ftray.worker.serialization import deserialize_args
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ class _Mode:
             args, kwargs, held = self.prepare(executor, message, payload)
             result = self.method(message)(*args, **kwargs)
             if executor.forked:
-                os._exit(0)
+                end_child()
             args = kwargs = None  # type: ignore[assignment]
             executor.succeed(link, message, result, started, held)
             result = None
@@ -194,7 +194,7 @@ class _AsyncMode(_Mode):
             if inspect.isawaitable(result):
                 result = await result
             if executor.forked:
-                os._exit(0)
+                end_child()
             args = kwargs = None  # type: ignore[assignment]
             executor.succeed(link, message, result, started, held)
             result = None

@@ -53,6 +53,7 @@ from ftray.wire.reactor import Link, Reactor
 from ftray.worker.actor_birth import become_actor
 from ftray.worker.core import Core, current_task, task_context
 from ftray.worker.failures import load_task_error, task_error_payload
+from ftray.worker.inheritance import end_child
 from ftray.worker.objects import Answer
 from ftray.worker.serialization import deserialize, deserialize_args, loading_refs, serialize
 from ftray.worker.submit import FUNCTIONS
@@ -314,7 +315,7 @@ class Executor:
             else:
                 result = function()
             if self.forked:
-                os._exit(0)
+                end_child()
             self.succeed(link, message, result, started, held)
             result = None
         except BaseException as error:
@@ -424,6 +425,8 @@ class Executor:
         self, link: Link, message: PushTask | PushActorTask, error: BaseException, started: float, held: bool, name: str
     ) -> None:
         """Packs the exception and replies."""
+        if self.forked:
+            end_child(error)
         exits = isinstance(error, SystemExit | ActorExit)
         payload = task_error_payload(error, name, os.getpid(), self.core.node_id.hex())
         mro = tuple(f"{c.__module__}.{c.__qualname__}" for c in type(error).__mro__)

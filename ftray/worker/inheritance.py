@@ -7,6 +7,9 @@ and the runtime in the child says "not initialised" instead of speaking in the p
 from __future__ import annotations
 
 import os
+import sys
+import traceback
+from typing import NoReturn
 
 from ftray.worker import core as core_module
 from ftray.worker.core import core_or_none
@@ -26,6 +29,25 @@ def _in_child() -> None:
         reactors.append(core.executor.reactor)
     for reactor in reactors:
         reactor.abandon()
+
+
+def end_child(error: BaseException | None = None) -> NoReturn:
+    """Ends a child process that comes back from the user's code, as the interpreter would: it has nothing to reply."""
+    code = 0
+    if isinstance(error, SystemExit) and (error.code is None or isinstance(error.code, int)):
+        code = error.code or 0
+    elif isinstance(error, SystemExit):
+        print(error.code, file=sys.stderr)
+        code = 1
+    elif error is not None:
+        traceback.print_exception(error)
+        code = 1
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (AttributeError, OSError, ValueError):
+            pass
+    os._exit(code)
 
 
 def install() -> None:

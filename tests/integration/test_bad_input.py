@@ -420,6 +420,7 @@ def test_a_task_that_forks_a_child_which_exits() -> None:
     assert code == 5
     assert is_running(pid)
     code, pid = ftray.get(exits.remote(), timeout=20)
+    assert code == 3
     assert is_running(pid)
 
 

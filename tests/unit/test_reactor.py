@@ -289,7 +289,7 @@ GARBAGE = {
     "cut short": frame(packed([72, b"0123456789"])[:-3]),
     "trailing bytes": frame(packed([23]) + b"\x01"),
     "invalid text": frame(packed([32, 0])[:-1] + b"\xa2\xff\xfe"),
-    "nested too deeply": frame(b"\x94\x50\x01\xa1x\x81\xa1y" + b"\x91" * 500_000 + b"\x90"),
+    "nested too deeply": frame(b"\x94\x50\x01\xa1x\x81\xa1y" + b"\x91" * 50_000 + b"\x90"),
     "announces a huge payload": PREFIX.pack(1, 2**32 - 1),
     "announces a huge header": PREFIX.pack(HEADER_BYTES_MAX + 1, 0),
     "noise": bytes(range(255, 0, -1)) * 4,
