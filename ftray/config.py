@@ -55,6 +55,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     heartbeat_timeout_ms: int = 1_000
     task_max_retries: int = 3
     wait_warning_ms: int = 60_000
+    """A `get` that has waited this long says in a warning what it waits for."""
     value_bytes_max: int = 64 << 20
     """The largest value in the GCS key-value table (exported functions included)."""
 

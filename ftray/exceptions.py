@@ -434,7 +434,7 @@ class OutOfDiskError(FtrayError):
 
 
 class GetTimeoutError(FtrayError, TimeoutError):
-    """The objects were not there within the timeout; their tasks go on. Wait longer, or cancel them."""
+    """The objects were not there within the timeout; their tasks go on. Wait longer."""
 
 
 class SerializationError(FtrayError, TypeError):
@@ -488,7 +488,7 @@ class ClusterNotFoundError(FtrayError, ConnectionError):
 
 
 class GcsUnavailableError(FtrayError, ConnectionError):
-    """No head of the cluster answered in time; tasks that run go on. Check `ftray heads list`, then try again."""
+    """No head of the cluster answered in time; tasks that run go on. Check `ftray status`, then try again."""
 
 
 # --- the names Ray's users know -------------------------------------------------------------------------------------

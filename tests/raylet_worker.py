@@ -91,6 +91,8 @@ class FakeWorker:
         self.reactor = Reactor(start.config, start.token, start.cluster_id, name="fake worker")
         self.raylet: Link | None = None
         self.assigned: m.WorkerAssigned | None = None
+        self.early: list[tuple[Link, m.PushTask, bytes]] = []
+        """Tasks that came before `WorkerAssigned`, which takes another way."""
 
     def run(self) -> None:
         reactor = self.reactor
@@ -109,9 +111,15 @@ class FakeWorker:
         raylet = self.raylet
         assert raylet is not None
         if isinstance(message, m.PushTask):
-            self.push(link, message, bytes(payload))
+            if self.assigned is None:
+                self.early.append((link, message, bytes(payload)))
+            else:
+                self.push(link, message, bytes(payload))
         elif isinstance(message, m.WorkerAssigned):
             self.assigned = message
+            for task in self.early:
+                self.push(*task)
+            self.early.clear()
         elif isinstance(message, m.CreateActor):
             what = bytes(payload).decode()
             if what == "raise":

@@ -324,7 +324,7 @@ def kill(actor: ActorHandle, *, no_restart: bool = True) -> None:
     Raises TypeError for what is no handle.
     """
     if not isinstance(actor, ActorHandle):
-        raise TypeError(f"ftray.kill takes an actor handle, not {type(actor).__name__}; use ftray.cancel for tasks")
+        raise TypeError(f"ftray.kill takes an actor handle, not {type(actor).__name__}")
     check_current(actor._ftray_ref)
     get_core().actors.kill(actor._ftray_ref._id[:16], no_restart)
 

@@ -32,7 +32,7 @@ class Session:
         self._core = core
         self._node = node
         self._printer = printer
-        self.address_info: dict[str, Any] = dict(info)
+        self.address_info: dict[str, Any] = {name: value for name, value in info.items() if name != "token"}
         self.session_dir: str = info["session_dir"]
         self.node_id: str = info["node_id"]
 

@@ -12,6 +12,7 @@ Rejected: a pin for each view (two messages a `get`); copying on `get` (an 80 MB
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from copy import copy
@@ -46,6 +47,8 @@ from ftray.worker import waiting
 from ftray.worker.failures import load_task_error
 from ftray.worker.serialization import Serialized, deserialize, loading_refs
 from ftray.worker.waiting import Callback, Waiter, block
+
+log = logging.getLogger("ftray.worker")
 
 if TYPE_CHECKING:
     from ftray.store.arena import Arena
@@ -291,7 +294,14 @@ class ObjectPlane:
             core.settle()
         done = False
         try:
-            done = self.block(waiter, timeout_s)
+            warning_s = core.config.wait_warning_ms / 1000.0
+            if timeout_s is not None and timeout_s <= warning_s:
+                done = self.block(waiter, timeout_s)
+            else:
+                done = self.block(waiter, warning_s)
+                if not done:
+                    log.warning("still waiting: %s", self.describe_pending(hung, warning_s))
+                    done = self.block(waiter, None if timeout_s is None else timeout_s - warning_s)
         finally:
             if not done:
                 self._unhang(hung, waiter)

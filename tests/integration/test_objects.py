@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import trio
@@ -501,3 +502,20 @@ def test_puts_are_as_quick_as_they_are_small() -> None:
     refs = [ftray.put(i) for i in range(5000)]
     assert ftray.get(refs) == list(range(5000))
     assert time.monotonic() - begun < 2.0
+
+
+def test_a_long_wait_says_what_it_waits_for(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ftray.worker.core import get_core
+
+    core = get_core()
+    monkeypatch.setattr(core, "config", msgspec.structs.replace(core.config, wait_warning_ms=50))
+
+    @ftray.remote
+    def slow() -> int:
+        time.sleep(0.3)
+        return 1
+
+    with caplog.at_level("WARNING", logger="ftray.worker"):
+        assert ftray.get(slow.remote(), timeout=20) == 1
+    assert "still waiting" in caplog.text
+    assert "slow, running on worker pid" in caplog.text
