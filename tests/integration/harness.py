@@ -25,6 +25,16 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 MARK = "FTRAY_TEST_MARK"
 POLL_S = 0.005
+PRELUDE = """
+import os, signal, sys, threading, time
+import ftray
+
+sys.stdout.reconfigure(line_buffering=True)
+
+def say(*words):
+    "Prints a line in one piece: the output of workers may come from another thread at any time."
+    os.write(1, (" ".join(map(str, words)) + "\\n").encode())
+"""
 
 
 def wait_until(condition: Callable[[], Any], timeout_s: float = 10.0, what: str = "") -> Any:
@@ -123,9 +133,8 @@ class Driver:
         self._err = tempfile.TemporaryFile()
         environ = {name: value for name, value in os.environ.items() if not name.startswith("FTRAY_")}
         environ |= {MARK: self.mark, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", **(env or {})}
-        prelude = "import os, signal, sys, threading, time\nimport ftray\n"
         self.process = subprocess.Popen(
-            [sys.executable, "-u", *flags, "-c", prelude + textwrap.dedent(code)],
+            [sys.executable, *flags, "-c", PRELUDE + textwrap.dedent(code)],
             stdin=subprocess.DEVNULL,
             stdout=self._out,
             stderr=self._err,

@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -38,9 +39,10 @@ def _no_session_left() -> Iterator[None]:
 
 
 @pytest.fixture
-def mark(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
-    monkeypatch.setenv(MARK, request.node.name)
-    return str(request.node.name)
+def mark(monkeypatch: pytest.MonkeyPatch) -> str:
+    name = uuid.uuid4().hex
+    monkeypatch.setenv(MARK, name)
+    return name
 
 
 def add_remote() -> Any:

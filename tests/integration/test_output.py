@@ -11,7 +11,7 @@ from integration.harness import Driver, run_driver
 def test_prints_reach_the_terminal_with_a_prefix() -> None:
     code = """
     session = ftray.init(num_cpus=2)
-    print("session", session.session_dir)
+    say("session", session.session_dir)
 
     @ftray.remote
     def speak(text):
@@ -29,9 +29,9 @@ def test_prints_reach_the_terminal_with_a_prefix() -> None:
             print("no end of line", end="")
             return os.getpid()
 
-    print("task", ftray.get(speak.remote("hello")))
+    say("task", ftray.get(speak.remote("hello")))
     speaker = Speaker.remote()
-    print("actor", ftray.get(speaker.speak.remote()))
+    say("actor", ftray.get(speaker.speak.remote()))
     os.write(1, b"unprefixed from the driver\\n")
     ftray.shutdown()
     """
@@ -95,7 +95,7 @@ def test_log_to_driver_false_keeps_it_off_the_terminal() -> None:
         print("quiet please")
 
     ftray.get(speak.remote())
-    print("session", session.session_dir)
+    say("session", session.session_dir)
     ftray.shutdown()
     """
     with run_driver(code) as driver:
@@ -161,7 +161,7 @@ def test_megabytes_of_output_hurt_nothing() -> None:
 
     ftray.get(last.remote(), timeout=20)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    print("peak", peak)
+    say("peak", peak)
     ftray.shutdown()
     """
     with Driver(code) as driver:
