@@ -7,6 +7,7 @@ machine. Imports that take time are done while the node starts.
 from __future__ import annotations
 
 import atexit
+import inspect
 import logging
 import os
 import sys
@@ -70,7 +71,10 @@ def init(
     namespace: str | None = None,
     log_to_driver: bool = True,
     ignore_reinit_error: bool = False,
+    logging_level: int | str | None = None,
+    runtime_env: Mapping[str, Any] | None = None,
     _system_config: Mapping[str, Any] | None = None,
+    **others: Any,
 ) -> Session:
     """Starts a session, or joins a cluster.
 
@@ -82,11 +86,18 @@ def init(
     node offers; `object_store_memory` is the size of its store in bytes. `log_to_driver=False` keeps worker output in
     files.
 
+    `logging_level` is that of the logger "ftray" in this process. Options of Ray's that concern its dashboard and log
+    formats (`include_dashboard`, `dashboard_port`, ...) are accepted and change nothing; `runtime_env` is refused,
+    since this version has none.
+
     Returns a `Session`, usable as a context manager. Raises AlreadyInitializedError (unless `ignore_reinit_error`),
     ClusterNotFoundError when there is nothing to join, AuthenticationError for a wrong token, ValueError or TypeError
     for wrong arguments, FtrayError when the node cannot start.
     """
     global _session, _registered_at_fork
+    _check_others(others, runtime_env)
+    if logging_level is not None:
+        log.setLevel(logging_level)
     if _session is not None:
         if ignore_reinit_error:
             return _session
@@ -135,6 +146,25 @@ def _in_child() -> None:
     session, _session = _session, None
     if session is not None and session._node is not None:
         session._node.forget()
+
+
+WITHOUT_EFFECT = frozenset(
+    ("include_dashboard", "dashboard_host", "dashboard_port", "configure_logging", "logging_format", "logging_config")
+)
+"""Options of Ray's `init` that a program may go on passing."""
+
+
+def _check_others(others: Mapping[str, Any], runtime_env: Mapping[str, Any] | None) -> None:
+    unknown = sorted(set(others) - WITHOUT_EFFECT)
+    if unknown:
+        from difflib import get_close_matches
+
+        known = [name for name in inspect.signature(init).parameters if name != "others"]
+        near = get_close_matches(unknown[0], known, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise TypeError(f"ftray.init() has no option {unknown[0]!r}{hint}")
+    if runtime_env:
+        raise TypeError("runtime_env is not available in this version of ftray: prepare the environment before init()")
 
 
 def _check_new_node(new_node: Mapping[str, Any]) -> None:

@@ -523,3 +523,16 @@ def test_two_programs_share_a_node_and_end_apart(node: dict[str, Any], monkeypat
         # Its tasks end with it: their CPUs are ours.
         assert ftray.get([add_remote().remote(i, 1) for i in range(20)], timeout=10) == list(range(1, 21))
         wait_until(lambda: ftray.available_resources().get("CPU") == 2, what="all CPUs free")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_cpu": 2}, "did you mean 'num_cpus'"),
+        ({"runtime_env": {"pip": ["x"]}}, "runtime_env is not available"),
+    ],
+)
+def test_options_that_init_does_not_have(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        ftray.init(**options)
+    assert not ftray.is_initialized()
