@@ -62,10 +62,6 @@ class RuntimeContext:
     def gcs_address(self) -> str:
         return ",".join(self._core.gcs.client.endpoints)
 
-    def get_assigned_resources(self) -> dict[str, float]:
-        """Not tracked in workers yet: the node's totals are in `ftray.nodes()`."""
-        raise NotImplementedError("assigned resources are not available in this version of ftray")
-
 
 def get_runtime_context() -> RuntimeContext:
     """The context of the caller. Raises NotInitializedError."""

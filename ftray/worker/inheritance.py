@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import os
 import sys
-import traceback
 from typing import NoReturn
 
 from ftray.worker import core as core_module
 from ftray.worker.core import core_or_none
+from ftray.worker.failures import remote_traceback
 
 _registered = False
 
@@ -40,7 +40,7 @@ def end_child(error: BaseException | None = None) -> NoReturn:
         print(error.code, file=sys.stderr)
         code = 1
     elif error is not None:
-        traceback.print_exception(error)
+        print(remote_traceback(error), end="", file=sys.stderr)
         code = 1
     for stream in (sys.stdout, sys.stderr):
         try:
