@@ -76,6 +76,10 @@ class ActorClass:
         self._methods = method_table(cls)
         self._shared: dict[Any, Any] = {} if shared is None else shared
 
+    def __mro_entries__(self, bases: tuple[Any, ...]) -> tuple[type, ...]:
+        name = self._cls.__name__
+        raise TypeError(f"{name} is a remote class: inherit from the plain class, and decorate the subclass")
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         name = self._cls.__name__
         raise TypeError(f"actors are not made by calling the class: use {name}.remote(...)")

@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -104,6 +105,13 @@ def init(
         raise AlreadyInitializedError(
             "ftray.init() was called already: call ftray.shutdown() first, or pass ignore_reinit_error=True"
         )
+    if is_initialized():  # in a task or actor: its worker belongs to a session already
+        if ignore_reinit_error:
+            return _session_of_worker()
+        raise AlreadyInitializedError(
+            "a task or actor belongs to the session that runs it: leave ftray.init() out, or pass "
+            "ignore_reinit_error=True"
+        )
     if address is None:
         address = os.environ.get("FTRAY_ADDRESS") or None
     if address is not None and not isinstance(address, str):
@@ -146,6 +154,14 @@ def _in_child() -> None:
     session, _session = _session, None
     if session is not None and session._node is not None:
         session._node.forget()
+
+
+def _session_of_worker() -> Session:
+    from ftray.worker.core import get_core
+
+    core = get_core()
+    info = {"node_id": core.node_id.hex(), "session_dir": str(Path(core.endpoint.partition(":")[2]).parents[1])}
+    return Session(core, None, info, None)
 
 
 WITHOUT_EFFECT = frozenset(

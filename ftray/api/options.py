@@ -44,7 +44,7 @@ def check_options(options: Mapping[str, Any], known: frozenset[str], what: str) 
             if name in LATER:
                 raise TypeError(f"option {name!r} of {what} is not available in this version of ftray")
             near = get_close_matches(name, known, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = f"; did you mean {near[0]!r}?" if near else "."
             raise TypeError(f"unknown option {name!r} of {what}{hint} Known are: {', '.join(sorted(known))}")
         _check_value(name, value, what)
     resources = {name: options[name] for name in RESOURCE_OPTIONS if options.get(name) is not None}

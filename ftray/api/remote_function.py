@@ -7,6 +7,7 @@ call then costs its arguments, an id, and one locked entry.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, Generic, ParamSpec, TypeVar, overload
 
@@ -130,6 +131,11 @@ def _make(target: Any, options: dict[str, Any]) -> Any:
         return ActorClass(target, options)
     if isinstance(target, RemoteFunction | ActorClass):
         raise TypeError(f"{target!r} is remote already; use .options(...) to change its options")
+    if inspect.iscoroutinefunction(target) or inspect.isasyncgenfunction(target):
+        raise TypeError(
+            f"{target.__name__} is a coroutine function, which cannot be a task: call asyncio.run() inside a plain "
+            "function, or make it a method of an actor"
+        )
     if not callable(target) or not hasattr(target, "__name__"):
         raise TypeError(f"@ftray.remote goes on a function or a class, not on {type(target).__name__}")
     return RemoteFunction(target, options)

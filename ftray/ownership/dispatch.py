@@ -235,7 +235,7 @@ class TaskDispatcher:
         cls.leases[lease.lease_id] = lease
         self.leases[lease.lease_id] = lease
         if lease.lease_id in self.reclaimed_early:
-            self.reclaimed_early.clear()
+            self.reclaimed_early.discard(lease.lease_id)
             self.give_back(lease)
             return
         if not cls.queue and len(cls.leases) > cls.want:
@@ -271,6 +271,18 @@ class TaskDispatcher:
         for task in tasks:
             task.solo = True
         return tasks
+
+    def leaving(self, lease: Lease, task_id: bytes) -> TaskRecord | None:
+        """The worker ends of its own will after this task: it gets nothing more; what it has not begun is queued anew.
+
+        The lease is not returned: it ends with the worker, which must not be given to anybody meanwhile.
+        """
+        task = lease.inflight.pop(task_id, None)
+        unbegun = list(lease.inflight.values())
+        lease.inflight.clear()
+        self._remove(lease)
+        self.requeue(unbegun)
+        return task
 
     def reclaim(self, lease_id: int) -> None:
         """Others wait: idle leases go back, and the named one as soon as its running tasks are done."""

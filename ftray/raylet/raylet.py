@@ -139,6 +139,16 @@ class Raylet:
         client: Client | None = link.peer
         if isinstance(client, Client) and not self.stopping:
             self._client_gone(client, reason)
+            self._remove_socket(client)
+
+    def _remove_socket(self, client: Client) -> None:
+        """Nobody listens there any more; a process that was killed could not remove it itself."""
+        path = client.endpoint.removeprefix("unix:")
+        if os.path.dirname(path) == os.path.join(self.info.session_dir, "sockets"):
+            try:
+                os.unlink(path)
+            except OSError:
+                pass
 
     def _register(self, link: Link, hello: m.RegisterClient) -> None:
         if len(hello.worker_id) != WORKER_ID_BYTES or hello.worker_id in self.clients.by_id:

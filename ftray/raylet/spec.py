@@ -122,6 +122,11 @@ def store_bytes_of(spec: NodeSpec) -> int:
         return max(int(memory_bytes() * STORE_SHARE), STORE_BYTES_MIN)
     if spec.object_store_bytes < STORE_BYTES_MIN:
         raise SpecError(f"object_store_bytes={spec.object_store_bytes}: the least is {STORE_BYTES_MIN}")
+    if spec.object_store_bytes > memory_bytes():
+        raise SpecError(
+            f"object_store_bytes={spec.object_store_bytes}: this machine has {memory_bytes()} bytes of memory in all; "
+            "writing beyond them would end the writer"
+        )
     return spec.object_store_bytes
 
 

@@ -443,7 +443,10 @@ class Reactor:
                 self._epoll.unregister(link.fd)
             except OSError:
                 pass
-        link.sock.close()
+        try:
+            link.sock.close()
+        except OSError:
+            pass  # user code has closed the descriptor behind our back
         link.out.clear()
         handler, link.handler = link.handler, None
         if handler is not None:

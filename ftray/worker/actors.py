@@ -45,6 +45,7 @@ from ftray.wire.messages import (
 )
 from ftray.wire.reactor import Link
 from ftray.worker import waiting
+from ftray.worker.failures import load_task_error
 from ftray.worker.gcs_access import HANDLES
 from ftray.worker.objects import Answer
 from ftray.worker.peers import value_of
@@ -58,6 +59,7 @@ log = logging.getLogger("ftray.worker")
 
 INDEX0 = RETURN_INDEX[0]
 _STATES = {ActorState.ALIVE: ALIVE, ActorState.RESTARTING: RESTARTING, ActorState.DEAD: DEAD}
+LOOK_AGAIN_MS = 1_000
 NONE_PICKLED = b"\x80\x05N."
 
 
@@ -177,12 +179,22 @@ class ActorClient:
         block(core.reactor, answer.waiter, None)
         result = answer.message
         if result is None:
+            with core.lock:
+                cause = calls.cause if (calls := self.calls.get(actor_id)) is not None else None
+                self.not_made(actor_id)
+                core.table.remove_local(actor_id + INDEX0)
+                core.settle()
+            if isinstance(cause, bytes):
+                raise load_task_error(cause)
+            if isinstance(cause, Exception):
+                raise cause
             raise GcsUnavailableError(f"actor {creation.class_name} could not be registered")
         if result.code:
             with core.lock:
                 self.not_made(actor_id)
                 core.table.remove_local(actor_id + INDEX0)
                 core.settle()
+            core.check_open()
             raise ValueError(f"actor {register.name!r} cannot be created: {result.message}")
         return actor_id if not result.value else bytes(result.value)
 
@@ -236,6 +248,7 @@ class ActorClient:
         block(core.reactor, answer.waiter, None)
         if answer.message is None:
             raise GcsUnavailableError("the actor could not be killed: no GCS answers")
+        core.check_open()
 
     # --- calls -------------------------------------------------------------------------------------------------------
 
@@ -309,12 +322,14 @@ class ActorClient:
         pushes.clear()
         out = link.out
         first = len(calls.inflight) == len(batch)
+        dropped = False
         for task in batch:
             if task.deps:
                 failed = next((e for _, x in task.deps if (e := self.core.entries[x]).state == waiting.FAILED), None)
                 if failed is not None:
                     calls.inflight.pop(task.task_id, None)
                     submitter.fail(task, failed.value)
+                    dropped = True
                     continue
             out += task.frame if task.attempt == 0 and task.frame else submitter.frame(task)
         if first or len(out) > FLUSH_BYTES:
@@ -322,6 +337,8 @@ class ActorClient:
         elif not link.dirty:
             link.dirty = True
             self.core.reactor.dirty.append(link)
+        if dropped and calls.queue:
+            self.pump(calls)  # what failed here has made room, and no reply will come that would pump again
 
     # --- replies -----------------------------------------------------------------------------------------------------
 
@@ -371,14 +388,16 @@ class ActorClient:
         if record.state == ActorState.DEAD:
             cause = record
         link = calls.link
+        renewed = False
         if calls.update(state, record.incarnation, record.worker_id, record.node_id, record.endpoint, cause):
+            renewed = True
             if link is not None:
                 # The old life's channel may not have closed yet; its calls are settled by its loss.
                 link.tag = None
                 self._lost(calls, "the actor was restarted")
                 link.close("the actor was restarted")
             self._connect(calls)
-        if actor_id in self.doomed and calls.state != ALIVE:
+        if actor_id in self.doomed and (calls.state != ALIVE or renewed):
             self._fail_doomed(calls)
         if calls.state == DEAD:
             self._end(calls)
@@ -403,7 +422,23 @@ class ActorClient:
             self._lost(calls, reason)
             if calls.state != ALIVE:
                 self._fail_doomed(calls)
+            else:
+                self._look_again(calls)
         self.core.settle()
+
+    def _look_again(self, calls: ActorCalls) -> None:
+        """The channel broke. If no news of a death comes, the actor lives (it read too slowly, say): connect anew."""
+        incarnation = calls.incarnation
+
+        def again() -> None:
+            same = self.calls.get(calls.actor_id) is calls and calls.incarnation == incarnation
+            if same and calls.state == ALIVE and calls.link is None:
+                self._fail_doomed(calls)
+                self._connect(calls)
+                if calls.link is None:
+                    self._look_again(calls)
+
+        self.core.reactor.call_later(LOOK_AGAIN_MS, again)
 
     def _lost(self, calls: ActorCalls, reason: str) -> None:
         failed = calls.lost()

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from ftray.config import Config
-from ftray.exceptions import NotInitializedError
+from ftray.exceptions import LocalRayletDiedError, NotInitializedError
 from ftray.ids import children_prefix
 from ftray.ownership.references import (
     AckReturns,
@@ -231,12 +231,19 @@ class Core:
         with self.lock:
             self.reactor.close()
 
+    def check_open(self) -> None:
+        """Raises LocalRayletDiedError when the session has ended under the caller."""
+        if self.closed:
+            raise LocalRayletDiedError(self.close_reason)
+
     def fail_all(self, error: Exception) -> None:
         """Nothing more will come (the node is gone, or shutdown): every pending object becomes `error`. Under the
         lock."""
         self.closed = True
         self.close_reason = str(error)
         self.raylet.fail_all(error)
+        if self.is_driver:
+            self.gcs.close()  # what waits for its answers is told, rather than left waiting
         for object_id, entry in list(self.entries.items()):
             if entry.state == 0:
                 self.objects.resolve(object_id, entry, 3, error)

@@ -78,13 +78,28 @@ class ChannelGreeting:
         self.executor = executor
 
     def on_message(self, link: Link, message: Message, payload: bytes | bytearray) -> None:
+        if link.peer is not None:
+            link.tag.append((message, payload))
+            return
         if not isinstance(message, PeerHello):
             link.reactor.drop(link, "a task channel must begin with a greeting")
             return
         link.peer = message
+        link.tag = []
         link.reactor.detach(link)
-        self.executor.reactor.attach(link, self.executor)
-        self.executor.wake()
+        # Not here: the main thread would read and decode on while the rest of this batch is being cut into frames.
+        link.reactor.call_later(0, lambda: self._hand_over(link))
+
+    def _hand_over(self, link: Link) -> None:
+        if link.closed:
+            return
+        executor = self.executor
+        arrived, link.tag = link.tag, None
+        with executor.reactor.lock:
+            executor.reactor.attach(link, executor)
+            for message, payload in arrived:
+                executor.on_message(link, message, payload)
+        executor.wake()
 
     def on_closed(self, link: Link, reason: str) -> None:
         pass
@@ -486,6 +501,7 @@ class Executor:
                 core.raylet.send(WorkerUnblocked())
                 if self.actor is None:
                     core.reactor.unwatch(self.reactor._epoll.fileno())
+                    self.wake()
                 core.settle()
 
     def _bounce(self) -> None:
@@ -507,7 +523,7 @@ class Executor:
                 else:
                     back.setdefault(link, []).append(message.task_id)
             self.pending.extend(keep)
-            if keep:
+            if keep and not blocked:
                 self.wake()
             for link, ids in back.items():
                 link.send(TasksReturned(tuple(ids), blocked))

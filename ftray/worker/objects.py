@@ -238,7 +238,10 @@ class ObjectPlane:
         created: ObjectCreated = core.raylet.ask(lambda request: CreateObject(request, object_id, size, owner))
         if created.offset == -2:
             if keep:
-                self.pin_now([object_id])
+                (pin,) = self.pin_now([object_id])
+                with core.lock:
+                    pin.views -= 1  # no view is opened here
+                    pin.held = True
             return
         if created.offset < 0:
             raise ObjectStoreFullError(created.error)
@@ -387,10 +390,13 @@ class ObjectPlane:
     def load_stored(self, object_ids: list[bytes], timeout_s: float | None = None) -> list[Any]:
         """Maps and deserialises objects of this node's store. Raises ObjectLostError."""
         pins = self.pin_now(object_ids, timeout_s)
+        # All views are opened first: each pin counts one, and an error in the first value must not leave the others.
+        views = [self.open_view(object_id, pin) for object_id, pin in zip(object_ids, pins, strict=True)]
+        views.reverse()
         values = []
-        for object_id, pin in zip(object_ids, pins, strict=True):
+        for object_id in object_ids:
             with loading_refs(self.core.peers.ref_loader(object_id)):
-                values.append(deserialize(self.open_view(object_id, pin)))
+                values.append(deserialize(views.pop()))
         return values
 
     def pin_now(self, object_ids: list[bytes], timeout_s: float | None = None) -> list[Pin]:

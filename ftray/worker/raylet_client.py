@@ -17,7 +17,9 @@ from ftray.config import Config
 from ftray.exceptions import FtrayError, GetTimeoutError, LocalRayletDiedError
 from ftray.wire.handshake import ROLE_CLIENT
 from ftray.wire.messages import (
+    AbortObject,
     CreateActor,
+    CreateObject,
     DeathCauseKnown,
     ExitWorker,
     LeaseGranted,
@@ -27,8 +29,10 @@ from ftray.wire.messages import (
     Message,
     ObjectCreated,
     ObjectsPinned,
+    PinObjects,
     RegisterClient,
     Registered,
+    ReleaseObjects,
     WorkerAssigned,
 )
 from ftray.wire.reactor import Link
@@ -84,7 +88,8 @@ class RayletClient:
             self._next_request += 1
             request = self._next_request
             self._requests[request] = answer
-            self.send(make(request))
+            asked = make(request)
+            self.send(asked)
             core.reactor.flush_dirty()
         try:
             if not block(core.reactor, answer.waiter, timeout_s):
@@ -92,9 +97,20 @@ class RayletClient:
         finally:
             with core.lock:
                 self._requests.pop(request, None)
+                if answer.message is None and answer.error is None:
+                    # Interrupted: what is granted later must be given back.
+                    self._requests[request] = lambda message, payload: self._give_back(asked, message)
         if answer.error is not None:
             raise answer.error
         return answer.message
+
+    def _give_back(self, asked: Message, message: Any) -> None:
+        if isinstance(asked, CreateObject) and isinstance(message, ObjectCreated) and message.offset >= 0:
+            self.send(AbortObject(asked.object_id))
+            self.send(ReleaseObjects((asked.object_id,)))
+        elif isinstance(asked, PinObjects) and isinstance(message, ObjectsPinned):
+            places = zip(asked.object_ids, message.places, strict=True)
+            self.send(ReleaseObjects(tuple(object_id for object_id, (offset, _) in places if offset >= 0)))
 
     def on_message(self, link: Link, message: Message, payload: bytes | bytearray) -> None:
         core = self.core

@@ -28,6 +28,7 @@ from ftray.wire.messages import (
     IN_STORE,
     AskDeathCause,
     Dependency,
+    KillWorker,
     LeaseDemand,
     LeaseGranted,
     LeaseInfeasible,
@@ -376,7 +377,11 @@ class Submitter:
                 self.finish(task, message, payload, lease.worker_id, lease.endpoint)
             self.after()
         elif isinstance(message, TaskFailed):
-            task = self.dispatcher.done(lease, message.task_id, message.work_us)
+            if message.exits:
+                self.channels.pop(lease.worker_id, None)
+                task = self.dispatcher.leaving(lease, message.task_id)
+            else:
+                task = self.dispatcher.done(lease, message.task_id, message.work_us)
             if task is not None:
                 self.failed(task, message, payload)
             self.after()
@@ -420,6 +425,8 @@ class Submitter:
     def fail(self, task: TaskRecord, error: object) -> None:
         """Makes all returns of a task `error` (packed bytes or an exception), and lets go of its arguments."""
         core = self.core
+        if task.deps:
+            self.unfinished.pop(task.task_id, None)
         for index in range(task.num_returns):
             object_id = return_id(task.task_id, index)
             entry = core.entries.get(object_id)
@@ -451,6 +458,8 @@ class Submitter:
         if lease.lease_id not in self.dispatcher.leases:
             return
         tasks = self.dispatcher.lost(lease)
+        # If it lives (only the channel broke), it must not go on with what others are about to run.
+        self.core.raylet.send(KillWorker(lease.worker_id, f"the channel to its owner broke: {reason}"))
         again: list[TaskRecord] = []
         failing: list[TaskRecord] = []
         for index, task in enumerate(tasks):

@@ -335,3 +335,25 @@ def test_actors_take_the_resources_they_ask_for(tmp_path: Path) -> None:
     assert ftray.get(ref, timeout=20) == 1
 
 
+
+
+def test_a_burst_before_the_actor_lives_arrives_whole() -> None:
+    """More than one receive buffer travels with the channel's greeting."""
+
+    @ftray.remote
+    class Sink:
+        def size(self, data: bytes) -> int:
+            return len(data)
+
+    for _ in range(5):
+        sink = Sink.remote()
+        assert ftray.get([sink.size.remote(bytes(200)) for _ in range(1500)], timeout=20) == [200] * 1500
+
+
+def test_a_remote_class_is_no_base() -> None:
+    @ftray.remote
+    class Base: ...
+
+    with pytest.raises(TypeError, match="inherit from the plain class"):
+
+        class Derived(Base): ...  # type: ignore[misc]

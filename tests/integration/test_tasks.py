@@ -533,3 +533,40 @@ def test_submitting_from_threads() -> None:
     with ThreadPoolExecutor(6) as pool:
         results = list(pool.map(many, range(0, 1200, 100)))
     assert [x for part in results for x in part] == [2 * i for i in range(1200)]
+
+
+def test_a_task_that_exits_takes_no_other_along() -> None:
+    @ftray.remote(max_retries=0)
+    def leave() -> None:
+        sys.exit(3)
+
+    @ftray.remote(max_retries=0)
+    def stay() -> int:
+        return 1
+
+    for _ in range(5):
+        refs = [stay.remote(), leave.remote(), stay.remote(), stay.remote()]
+        with pytest.raises(exceptions.TaskError):
+            ftray.get(refs.pop(1), timeout=20)
+        assert ftray.get(refs, timeout=20) == [1, 1, 1]
+
+
+def test_init_inside_a_task_joins_the_session_that_runs_it() -> None:
+    @ftray.remote
+    def again() -> tuple[str, str]:
+        try:
+            ftray.init()
+        except exceptions.AlreadyInitializedError as error:
+            return ftray.init(ignore_reinit_error=True).node_id, str(error)
+        return "", ""
+
+    node_id, error = ftray.get(again.remote(), timeout=20)
+    assert node_id == ftray.get_runtime_context().get_node_id()
+    assert "belongs to the session" in error
+
+
+def test_a_coroutine_function_is_no_task() -> None:
+    async def coroutine() -> None: ...
+
+    with pytest.raises(TypeError, match="coroutine"):
+        ftray.remote(coroutine)

@@ -175,3 +175,20 @@ def test_a_grant_that_nobody_needs_goes_straight_back() -> None:
     setup = Setup()
     lease = setup.grant()
     assert setup.dispatcher.returns == [lease.lease_id]
+
+
+def test_a_worker_that_leaves_gets_nothing_more_and_costs_no_retry() -> None:
+    setup = Setup(leases=1)
+    setup.submit()
+    setup.dispatcher.done(setup.leases[0], b"t1", 10)
+    for _ in range(3):
+        setup.submit()
+    setup.pushed()
+    task = setup.dispatcher.leaving(setup.leases[0], b"t2")
+    assert task is not None
+    assert task.task_id == b"t2"
+    assert not setup.dispatcher.returns  # it ends with its worker, which must not be leased to others meanwhile
+    lease = setup.grant()
+    pushed = setup.pushed()
+    assert [task_id for _, task_id in pushed] == [b"t3", b"t4"]
+    assert all(task.retries_left == 3 for task in lease.inflight.values())
