@@ -317,6 +317,7 @@ def _actor_records(core: Core) -> list[ActorRecord]:
         core.gcs.actors(answer.give)
         core.settle()
     block(core.reactor, answer.waiter, None)
+    core.check_open()
     if answer.message is None:
         raise ActorDiedError("no GCS answers")
     return list(answer.message)

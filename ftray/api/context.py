@@ -107,6 +107,7 @@ def nodes() -> list[dict[str, Any]]:
         core.gcs.nodes(answer.give)
         core.settle()
     block(core.reactor, answer.waiter, None)
+    core.check_open()
     return [
         {
             "NodeID": record.node_id.hex(),
