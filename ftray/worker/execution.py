@@ -412,8 +412,12 @@ class Executor:
         parts: list[bytes] = []
         kept: list[tuple[Any, list[bytes]]] = []
         limit = core.config.inline_bytes_max
-        for index, item in enumerate(results):
-            serialized = serialize(item, "return value" if count == 1 else f"return value {index}")
+        # All are serialised before any is written or handed off: one that cannot be must not leave the others' holds.
+        packed = [
+            serialize(item, "return value" if count == 1 else f"return value {index}")
+            for index, item in enumerate(results)
+        ]
+        for index, serialized in enumerate(packed):
             refs: tuple[Ref, ...] = ()
             if serialized.refs:
                 refs = tuple(ref.wire() for ref in serialized.refs)
@@ -433,6 +437,8 @@ class Executor:
                     core.table.hand_off(token, ids, link.peer.worker_id)
                 held = True
         results.clear()
+        packed.clear()
+        serialized = None  # type: ignore[assignment]
         work_us = int((time.perf_counter() - started) * 1e6)
         self.reply(link, message, TaskReturns(message.task_id, work_us, tuple(values)), b"".join(parts), held)
 
