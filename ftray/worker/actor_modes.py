@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ftray.ids import short
 from ftray.wire.messages import ActorCreation, PushActorTask
 from ftray.wire.reactor import Link
 from ftray.worker.core import current_task, task_context
@@ -330,8 +329,3 @@ class TrioMode(_AsyncMode):
                     return  # the nursery waits for the running calls
                 await limiter.acquire()
                 nursery.start_soon(one, link, message, payload)
-
-
-def describe(spec: ActorCreation) -> str:
-    """An actor for logs."""
-    return f"{spec.class_name} ({short(spec.task_id)})"

@@ -163,12 +163,7 @@ class ActorClient:
                 dep = core.entries[object_id]
                 if dep.state == waiting.PENDING:
                     left += 1
-                    if dep.waiters is None:
-                        dep.waiters = [waiter]
-                    else:
-                        dep.waiters.append(waiter)
-                    if dep.owner is not None:
-                        core.objects.request(object_id, dep)
+                    core.objects.hang(object_id, dep, waiter)
             waiter.left = left
             if not left:
                 send()
@@ -293,12 +288,7 @@ class ActorClient:
             entry = core.entries[object_id]
             if entry.state == waiting.PENDING:
                 left += 1
-                if entry.waiters is None:
-                    entry.waiters = [waiter]
-                else:
-                    entry.waiters.append(waiter)
-                if entry.owner is not None:
-                    core.objects.request(object_id, entry)
+                core.objects.hang(object_id, entry, waiter)
         task.deps_left = left
         if left:
             core.submitter.unfinished[task.task_id] = task

@@ -346,6 +346,15 @@ class ObjectPlane:
         head = f"{len(left)} of the objects were not ready within {timeout_s} s; waiting for:\n"
         return head + "\n".join(lines) + more
 
+    def hang(self, object_id: bytes, entry: Entry, waiter: Any) -> None:
+        """Has `waiter.ready` called when a pending object is ready; a borrowed one is asked for. Under the lock."""
+        if entry.waiters is None:
+            entry.waiters = [waiter]
+        else:
+            entry.waiters.append(waiter)
+        if entry.owner is not None:
+            self.request(object_id, entry)
+
     def request(self, object_id: bytes, entry: Entry) -> None:
         """Asks the owner for a borrowed object's value, once, under the lock."""
         owner = entry.owner
@@ -462,14 +471,9 @@ class ObjectPlane:
             if ready_count < num_returns:
                 waiter = Waiter(num_returns - ready_count)
                 for ref in refs:
-                    entry = entries[ref._id]
-                    if entry.state == PENDING:
-                        if entry.waiters is None:
-                            entry.waiters = [waiter]
-                        else:
-                            entry.waiters.append(waiter)
-                        if entry.owner is not None:
-                            self.request(ref._id, entry)
+                    entry = entries.get(ref._id)
+                    if entry is not None and entry.state == PENDING:
+                        self.hang(ref._id, entry, waiter)
             core.settle()
         if waiter is not None:
             try:
@@ -498,13 +502,7 @@ class ObjectPlane:
             if entry is None or entry.state != PENDING:
                 fn()
             else:
-                callback = Callback(lambda _object_id, _entry: fn())
-                if entry.waiters is None:
-                    entry.waiters = [callback]
-                else:
-                    entry.waiters.append(callback)
-                if entry.owner is not None:
-                    self.request(object_id, entry)
+                self.hang(object_id, entry, Callback(lambda _object_id, _entry: fn()))
             core.settle()
 
 

@@ -188,11 +188,8 @@ class Peers:
         if entry is None:
             link.send(ObjectResolved(object_id, Value(MISSING, 0)))
         elif entry.state == waiting.PENDING:
-            callback = Callback(lambda oid, ready: self._answer(link, oid, ready))
-            if entry.waiters is None:
-                entry.waiters = [callback]
-            else:
-                entry.waiters.append(callback)
+            answer = Callback(lambda oid, ready: self._answer(link, oid, ready))
+            self.core.objects.hang(object_id, entry, answer)
         else:
             self._answer(link, object_id, entry)
 

@@ -155,12 +155,7 @@ class Submitter:
             entry = core.entries[object_id]
             if entry.state == waiting.PENDING:
                 left += 1
-                if entry.waiters is None:
-                    entry.waiters = [waiter]
-                else:
-                    entry.waiters.append(waiter)
-                if entry.owner is not None:
-                    core.objects.request(object_id, entry)
+                core.objects.hang(object_id, entry, waiter)
             elif entry.state == waiting.FAILED and failed is None:
                 failed = entry
         task.deps_left = left
