@@ -15,49 +15,15 @@ from typing import Any
 
 import msgspec
 
-
-class Message(msgspec.Struct, array_like=True, gc=False):
-    """Base of all messages."""
-
-
-# --- values ---------------------------------------------------------------------------------------------------------
-
-INLINE = 0
-"""The value's bytes are in the payload."""
-IN_STORE = 1
-"""The value is in the arena of the node `node_id`."""
-ERROR = 2
-"""The payload is a packed exception (`worker/failures.py`)."""
-MISSING = 3
-"""The owner does not know the object (freed)."""
-
-
-class Ref(Message):
-    """A reference inside a value or an argument: object, and where its owner lives."""
-
-    object_id: bytes
-    owner: bytes
-    endpoint: str
-
-
-class Value(Message):
-    """What a return, a dependency or an owner's answer is; `size` bytes of the payload belong to it unless in store."""
-
-    kind: int
-    size: int
-    node_id: bytes = b""
-    refs: tuple[Ref, ...] = ()
-
-
-class Dependency(Message):
-    """A top-level argument that was a reference: at `position` (or keyword), with its value."""
-
-    position: int | str
-    object_id: bytes
-    owner: bytes
-    endpoint: str
-    value: Value
-
+from ftray.wire.values import ERROR as ERROR
+from ftray.wire.values import IN_STORE as IN_STORE
+from ftray.wire.values import INLINE as INLINE
+from ftray.wire.values import MISSING as MISSING
+from ftray.wire.values import ActorCreation as ActorCreation
+from ftray.wire.values import Dependency as Dependency
+from ftray.wire.values import Message as Message
+from ftray.wire.values import Ref as Ref
+from ftray.wire.values import Value as Value
 
 # --- first message on every link to a worker, both ways -------------------------------------------------------------
 
@@ -73,6 +39,12 @@ class PeerHello(Message, tag=1):
 # --- task channel: owner -> worker ----------------------------------------------------------------------------------
 
 
+STREAMING = -1
+"""`num_returns` of a generator task: each item comes in a `TaskYield` of its own."""
+DYNAMIC = -2
+"""The same for `num_returns="dynamic"`: item 0 is the list of references to the others, and comes last."""
+
+
 class PushTask(Message, tag=2):
     """Run a function. Payload: `args_bytes` of packed arguments, then the inline dependencies in order."""
 
@@ -83,6 +55,10 @@ class PushTask(Message, tag=2):
     args_bytes: int = 0
     deps: tuple[Dependency, ...] = ()
     name: str = ""
+    ahead_max: int = 0
+    """For a generator (`num_returns` is STREAMING): items that may wait unread at the owner; 0 is no bound."""
+    max_calls: int = 0
+    """The worker ends after this many runs of the function; 0 is no bound."""
 
 
 class PushActorTask(Message, tag=3):
@@ -96,6 +72,8 @@ class PushActorTask(Message, tag=3):
     args_bytes: int = 0
     deps: tuple[Dependency, ...] = ()
     group: str = ""
+    """The concurrency group; empty is the method's own, or the default one."""
+    ahead_max: int = 0
 
 
 # --- task channel: worker -> owner ----------------------------------------------------------------------------------
@@ -115,6 +93,10 @@ class TaskReturns(Message, tag=5):
     work_us: int
     returns: tuple[Value, ...]
     hold: bool = False
+    exits: bool = False
+    """The worker ends after this reply (`max_calls`)."""
+    yielded: int = 0
+    """How many items a generator has yielded in all."""
 
 
 class TaskFailed(Message, tag=6):
@@ -127,6 +109,9 @@ class TaskFailed(Message, tag=6):
     mro: tuple[str, ...] = ()
     """`module.qualname` of the exception's class and its bases, for `retry_exceptions` without unpickling user
     types."""
+    cancelled: bool = False
+    """It was cancelled: not retried, whatever the options say."""
+    yielded: int = 0
 
 
 class TasksReturned(Message, tag=7):
@@ -134,6 +119,15 @@ class TasksReturned(Message, tag=7):
 
     task_ids: tuple[bytes, ...]
     blocked: bool = False
+
+
+class TaskYield(Message, tag=8):
+    """Item `index` of a generator task; its object is return `index` of the task (`index` + 1 if DYNAMIC)."""
+
+    task_id: bytes
+    attempt: int
+    index: int
+    value: Value
 
 
 # --- worker to worker: ownership ------------------------------------------------------------------------------------
@@ -181,14 +175,34 @@ class RecallTasks(Message, tag=16):
 
 
 class CancelTask(Message, tag=17):
+    """From the owner of a task to the worker that has it, queued or running."""
+
     task_id: bytes
     force: bool = False
+    recursive: bool = True
 
 
 class PinForever(Message, tag=18):
     """The sender has serialised these objects of the receiver out of band: they are kept for good."""
 
     object_ids: tuple[bytes, ...]
+
+
+class CancelObject(Message, tag=19):
+    """From a borrower to the owner: cancel the task that makes this object."""
+
+    object_id: bytes
+    force: bool = False
+    recursive: bool = True
+
+
+class StreamRead(Message, tag=82):
+    """From the owner of a generator task to the worker that runs it: so many items have been read. -1: nobody reads it
+    any more, end it; -2: no bound from now on."""
+
+    task_id: bytes
+    attempt: int
+    read: int
 
 
 # --- driver or worker -> raylet -------------------------------------------------------------------------------------
@@ -214,6 +228,8 @@ class LeaseDemand(Message, tag=21):
     want: int
     resources: dict[str, float] | None = None
     name: str = ""
+    environment: str = ""
+    """The runtime environment as JSON (`runtime_env.py`), empty for the job's; said with `resources`."""
 
 
 class ReturnLeases(Message, tag=22):
@@ -294,6 +310,25 @@ class Unregister(Message, tag=35):
     reason: str = ""
 
 
+class ClientAnswer(Message, tag=36):
+    """The answer to `AskClient`. Payload: JSON."""
+
+    request: int
+    error: str = ""
+
+
+class EnvironmentReady(Message, tag=37):
+    """A worker has applied its runtime environment, or could not: `error` says why."""
+
+    error: str = ""
+
+
+class DoomedSeen(Message, tag=38):
+    """The owner knows that this worker is about to be killed."""
+
+    worker_id: bytes
+
+
 # --- raylet -> driver or worker -------------------------------------------------------------------------------------
 
 
@@ -367,6 +402,10 @@ class WorkerAssigned(Message, tag=48):
     sys_path: tuple[str, ...] = ()
     cwd: str = ""
     namespace: str = ""
+    environment: str = ""
+    """JSON of what the runtime environment means on this node; answered by `EnvironmentReady`."""
+    num_cpus: float = 0.0
+    """Of the first lease: how many threads numerical libraries may start."""
 
 
 class CreateActor(Message, tag=49):
@@ -382,6 +421,35 @@ class ExitWorker(Message, tag=50):
     """To a worker: finish what has been pushed, then exit with code 0."""
 
     reason: str
+
+
+class WorkerDoomed(Message, tag=52):
+    """To the owner that has leased a worker: it is about to be killed because the node is short of memory. Answered by
+    `DoomedSeen`, so that its end is not taken for a crash."""
+
+    worker_id: bytes
+    reason: str
+
+
+class LeaseEnvironmentFailed(Message, tag=53):
+    """The runtime environment of this class could not be set up here."""
+
+    class_id: int
+    error: str
+
+
+class AskClient(Message, tag=54):
+    """A tool's question that only the process itself can answer: `what` is references, stack, pending, events."""
+
+    request: int
+    what: str
+    arguments: dict[str, Any] = {}
+
+
+class StorePressure(Message, tag=55):
+    """The store needs room: let go of these objects if nothing looks into them (answered by `ReleaseObjects`)."""
+
+    object_ids: tuple[bytes, ...]
 
 
 # --- any client <-> GCS ---------------------------------------------------------------------------------------------
@@ -453,6 +521,7 @@ class StartActor(Message, tag=70):
     resources: dict[str, float]
     class_name: str
     owner: bytes = b""
+    environment: str = ""
 
 
 class StopActor(Message, tag=71):
@@ -489,14 +558,16 @@ class ToolReply(Message, tag=81):
 
 
 ANY_MESSAGE = (
-    PeerHello | PushTask | PushActorTask | TaskDone | TaskReturns | TaskFailed | TasksReturned
+    PeerHello | PushTask | PushActorTask | TaskDone | TaskReturns | TaskFailed | TasksReturned | TaskYield
     | AddBorrowers | BorrowersAdded | RemoveBorrowers | ReturnsHeld | ResolveObjects | ObjectResolved
-    | RecallTasks | CancelTask | PinForever
+    | RecallTasks | CancelTask | PinForever | CancelObject | StreamRead
     | RegisterClient | LeaseDemand | ReturnLeases | WorkerBlocked | WorkerUnblocked
     | CreateObject | SealObject | AbortObject | PinObjects | ReleaseObjects | FreeObjects
     | AskDeathCause | TaskNames | ActorReady | KillWorker | Unregister
+    | ClientAnswer | EnvironmentReady | DoomedSeen
     | Registered | LeaseGranted | LeaseInfeasible | LeaseReclaim | ObjectCreated | ObjectsPinned
     | DeathCauseKnown | LogLines | WorkerAssigned | CreateActor | ExitWorker
+    | WorkerDoomed | LeaseEnvironmentFailed | AskClient | StorePressure
     | GcsHello | GcsCommand | GcsRead | GcsWatch | GcsResult | GcsChanges | GcsHeartbeat
     | StartActor | StopActor | JobEnded | NodeFenced
     | ToolQuery | ToolReply
@@ -507,22 +578,3 @@ encode = msgspec.msgpack.Encoder().encode
 
 decode = msgspec.msgpack.Decoder(ANY_MESSAGE).decode
 """Header bytes -> message. Raises msgspec.DecodeError or msgspec.ValidationError."""
-
-
-class ActorCreation(msgspec.Struct, array_like=True):
-    """The creation spec of an actor, kept by the GCS as opaque bytes and unpacked by the worker that becomes it."""
-
-    task_id: bytes
-    class_id: bytes
-    class_name: str
-    args: bytes
-    deps: tuple[Dependency, ...]
-    inline: tuple[bytes, ...]
-    max_concurrency: int
-    max_task_retries: int
-    asynchronous: str
-    """'' for a plain class, 'asyncio' or 'trio' when it has coroutine methods."""
-    owner: bytes
-    owner_endpoint: str
-    max_restarts: int = 0
-    name: str = ""

@@ -58,7 +58,7 @@ def become_actor(executor: Executor, message: CreateActor, payload: bytes) -> No
             if link is not None:
                 link.send(ready, text)
         elif link is not None:
-            executor.deferred[token] = (link, ready, text)
+            executor.replies.deferred[token] = (link, ready, text)
         core.settle()
     if mode is None:
         executor.exiting = "the actor's constructor raised"

@@ -111,11 +111,11 @@ class _Mode:
             if executor.forked:
                 end_child()
             args = kwargs = None  # type: ignore[assignment]
-            executor.succeed(link, message, result, started, held)
+            executor.replies.succeed(link, message, result, started, held)
             result = None
         except BaseException as error:
             args = kwargs = result = None  # type: ignore[assignment]
-            executor.fail(link, message, error, started, held, name)
+            executor.replies.fail(link, message, error, started, held, name)
         finally:
             current_task.reset(variable)
 
@@ -195,11 +195,11 @@ class _AsyncMode(_Mode):
             if executor.forked:
                 end_child()
             args = kwargs = None  # type: ignore[assignment]
-            executor.succeed(link, message, result, started, held)
+            executor.replies.succeed(link, message, result, started, held)
             result = None
         except BaseException as error:
             args = kwargs = result = None  # type: ignore[assignment]
-            executor.fail(link, message, error, started, held, name)
+            executor.replies.fail(link, message, error, started, held, name)
 
     def dispatch(self, executor: Executor, link: Link, message: PushActorTask, payload: Any) -> None:
         executor.pending.appendleft((link, message, payload))

@@ -181,7 +181,7 @@ class Core:
                 elif isinstance(effect, AckReturns):
                     self.peers.ack_returns(effect.token)
                 elif isinstance(effect, TaskMayReply) and self.executor is not None:
-                    self.executor.may_reply(effect.token)
+                    self.executor.replies.may_reply(effect.token)
 
     def tick_soon(self) -> None:
         """Housekeeping runs every `recall_after_ms` while there is anything to keep, under the lock."""

@@ -20,17 +20,14 @@ import atexit
 import logging
 import os
 import sys
-import threading
 import time
 from collections import deque
 from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
-from ftray.exceptions import ActorExit, FtrayError
-from ftray.ids import return_id
+from ftray.exceptions import FtrayError
 from ftray.wire.messages import (
     ERROR,
-    IN_STORE,
     INLINE,
     CreateActor,
     ExitWorker,
@@ -38,13 +35,8 @@ from ftray.wire.messages import (
     PeerHello,
     PushActorTask,
     PushTask,
-    Ref,
-    TaskDone,
-    TaskFailed,
-    TaskReturns,
     TasksReturned,
     Unregister,
-    Value,
     WorkerAssigned,
     WorkerBlocked,
     WorkerUnblocked,
@@ -52,10 +44,11 @@ from ftray.wire.messages import (
 from ftray.wire.reactor import Link, Reactor
 from ftray.worker.actor_birth import become_actor
 from ftray.worker.core import Core, current_task, task_context
-from ftray.worker.failures import load_task_error, task_error_payload
+from ftray.worker.failures import load_task_error
 from ftray.worker.inheritance import end_child
 from ftray.worker.objects import Answer
-from ftray.worker.serialization import deserialize, deserialize_args, loading_refs, serialize
+from ftray.worker.replies import Replies
+from ftray.worker.serialization import deserialize, deserialize_args, loading_refs
 from ftray.worker.submit import FUNCTIONS
 from ftray.worker.waiting import block
 
@@ -117,17 +110,16 @@ class Executor:
         self.actor: ActorMode | None = None
         self.actor_id = b""
         self.incarnation = 0
-        self.deferred: dict[Any, tuple[Link, Message, Any]] = {}
+        self.replies = Replies(self)
         self.dead_callers: deque[bytes] = deque()
         self.ticking = False
         self.ran = 0
         self.ran_at_tick = -1
         self.blocked_threads = 0
         self.forked = False
-        self.main_thread = get_ident()
         self.exiting = ""
         self.running: PushTask | PushActorTask | None = None
-        self.main_thread = threading.get_ident()
+        self.main_thread = get_ident()
         self.streams: list[Any] = []
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.reactor.watch(self._wake_fd, self._woken)
@@ -173,8 +165,6 @@ class Executor:
             if get_ident() != self.main_thread:
                 # Read by the loop: the main thread may have gone to sleep in front of an empty socket.
                 self.wake()
-            if threading.get_ident() != self.main_thread:
-                self.wake()  # what came in one piece with the greeting is handed over by the loop
         else:
             self.reactor.drop(link, f"unexpected {type(message).__name__} on a task channel")
 
@@ -331,11 +321,11 @@ class Executor:
                 result = function()
             if self.forked:
                 end_child()
-            self.succeed(link, message, result, started, held)
+            self.replies.succeed(link, message, result, started, held)
             result = None
         except BaseException as error:
             args = kwargs = result = None
-            self.fail(link, message, error, started, held, context.function_name)
+            self.replies.fail(link, message, error, started, held, context.function_name)
         finally:
             current_task.reset(variable)
             self.running = None
@@ -376,112 +366,6 @@ class Executor:
                 else:
                     kwargs[position] = value
         return args, kwargs
-
-    def succeed(self, link: Link, message: PushTask | PushActorTask, result: Any, started: float, held: bool) -> None:
-        """Serialises the result and replies."""
-        core = self.core
-        count = message.num_returns
-        if count == 1:
-            serialized = serialize(result, "return value")
-            if serialized.size <= core.config.inline_bytes_max and not serialized.refs:
-                result = None
-                data = serialized.to_bytes()
-                work_us = int((time.perf_counter() - started) * 1e6)
-                self.reply(link, message, TaskDone(message.task_id, work_us), data, held)
-                return
-            results = [result]
-        elif count == 0:
-            results = []
-        else:
-            if (
-                not isinstance(result, tuple | list)
-                and hasattr(result, "__iter__")
-                and not isinstance(result, str | bytes)
-            ):
-                result = list(result)
-            if not isinstance(result, tuple | list):
-                raise ValueError(
-                    f"num_returns is {count}, but the task returned one {type(result).__name__}: return a tuple or "
-                    f"list of {count} values"
-                )
-            if len(result) != count:
-                raise ValueError(f"num_returns is {count}, but the task returned {len(result)} values")
-            results = list(result)
-        result = None
-        values: list[Value] = []
-        parts: list[bytes] = []
-        kept: list[tuple[Any, list[bytes]]] = []
-        limit = core.config.inline_bytes_max
-        # All are serialised before any is written or handed off: one that cannot be must not leave the others' holds.
-        packed = [
-            serialize(item, "return value" if count == 1 else f"return value {index}")
-            for index, item in enumerate(results)
-        ]
-        for index, serialized in enumerate(packed):
-            refs: tuple[Ref, ...] = ()
-            if serialized.refs:
-                refs = tuple(ref.wire() for ref in serialized.refs)
-                kept.append(((message.task_id, message.attempt, index), [ref.object_id for ref in refs]))
-            if serialized.size <= limit:
-                data = serialized.to_bytes()
-                parts.append(data)
-                values.append(Value(INLINE, len(data), b"", refs))
-            else:
-                object_id = return_id(message.task_id, index)
-                core.objects.write(object_id, serialized, link.peer.worker_id, keep=False)
-                values.append(Value(IN_STORE, serialized.size, core.node_id, refs))
-            if kept:
-                with core.lock:
-                    core.drain()
-                    token, ids = kept.pop()
-                    core.table.hand_off(token, ids, link.peer.worker_id)
-                held = True
-        results.clear()
-        packed.clear()
-        serialized = None  # type: ignore[assignment]
-        work_us = int((time.perf_counter() - started) * 1e6)
-        self.reply(link, message, TaskReturns(message.task_id, work_us, tuple(values)), b"".join(parts), held)
-
-    def fail(
-        self, link: Link, message: PushTask | PushActorTask, error: BaseException, started: float, held: bool, name: str
-    ) -> None:
-        """Packs the exception and replies."""
-        if self.forked:
-            end_child(error)
-        exits = isinstance(error, SystemExit | ActorExit)
-        payload = task_error_payload(error, name, os.getpid(), self.core.node_id.hex())
-        mro = tuple(f"{c.__module__}.{c.__qualname__}" for c in type(error).__mro__)
-        error.__traceback__ = None
-        work_us = int((time.perf_counter() - started) * 1e6)
-        self.reply(link, message, TaskFailed(message.task_id, work_us, exits, mro), payload, held)
-        if exits:
-            self.exiting = "exit_actor was called" if isinstance(error, ActorExit) else "the task called sys.exit"
-
-    def reply(self, link: Link, message: PushTask | PushActorTask, answer: Message, payload: bytes, held: bool) -> None:
-        """Queues a reply; one that must wait for registrations is sent by `may_reply`."""
-        if held:
-            core = self.core
-            token = (message.task_id, message.attempt)
-            with core.lock:
-                core.drain()
-                self.deferred[token] = (link, answer, payload)
-                may = core.table.end_task(token)
-                core.settle()
-                if not may:
-                    return
-                if self.deferred.pop(token, None) is None:
-                    return
-        with self.reactor.lock:
-            link.send(answer, payload)
-
-    def may_reply(self, token: Any) -> None:
-        """What the task kept has been registered, under the core's lock."""
-        reply = self.deferred.pop(token, None)
-        if reply is not None:
-            link, answer, payload = reply
-            with self.reactor.lock:
-                link.send(answer, payload)
-                self.reactor.flush_dirty()
 
     # --- blocked, recalled -------------------------------------------------------------------------------------------
 

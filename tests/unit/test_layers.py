@@ -36,6 +36,7 @@ LOGIC = (
     "ftray.wire.frames",
     "ftray.wire.handshake",
     "ftray.wire.messages",
+    "ftray.wire.values",
 )
 SHELLS_IN_LOGIC_ROOMS = ("ftray.store.arena",)
 

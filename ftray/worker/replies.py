@@ -1,0 +1,153 @@
+"""Replies of tasks: from a result or an exception to what its owner gets.
+
+Role: shell, in workers. Small values travel in the reply, large ones are written into the node's store first. A reply
+whose task keeps references waits until those have been registered (`ownership/references.py`).
+
+Rules: all returns are serialised before any is written or handed off. The channels' lock is taken after the core's.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING, Any
+
+from ftray.exceptions import ActorExit
+from ftray.ids import return_id
+from ftray.wire.messages import (
+    IN_STORE,
+    INLINE,
+    Message,
+    PushActorTask,
+    PushTask,
+    Ref,
+    TaskDone,
+    TaskFailed,
+    TaskReturns,
+    Value,
+)
+from ftray.wire.reactor import Link
+from ftray.worker.failures import task_error_payload
+from ftray.worker.inheritance import end_child
+from ftray.worker.serialization import serialize
+
+if TYPE_CHECKING:
+    from ftray.worker.execution import Executor
+
+
+class Replies:
+    """See the module."""
+
+    def __init__(self, executor: Executor) -> None:
+        self.executor = executor
+        self.core = executor.core
+        self.reactor = executor.reactor
+        self.deferred: dict[Any, tuple[Link, Message, Any]] = {}
+        """Replies that wait for registrations, by task and attempt; under the core's lock."""
+
+    def succeed(self, link: Link, message: PushTask | PushActorTask, result: Any, started: float, held: bool) -> None:
+        """Serialises the result and replies."""
+        core = self.core
+        count = message.num_returns
+        if count == 1:
+            serialized = serialize(result, "return value")
+            if serialized.size <= core.config.inline_bytes_max and not serialized.refs:
+                result = None
+                data = serialized.to_bytes()
+                work_us = int((time.perf_counter() - started) * 1e6)
+                self.reply(link, message, TaskDone(message.task_id, work_us), data, held)
+                return
+            results = [result]
+        elif count == 0:
+            results = []
+        else:
+            if (
+                not isinstance(result, tuple | list)
+                and hasattr(result, "__iter__")
+                and not isinstance(result, str | bytes)
+            ):
+                result = list(result)
+            if not isinstance(result, tuple | list):
+                raise ValueError(
+                    f"num_returns is {count}, but the task returned one {type(result).__name__}: return a tuple or "
+                    f"list of {count} values"
+                )
+            if len(result) != count:
+                raise ValueError(f"num_returns is {count}, but the task returned {len(result)} values")
+            results = list(result)
+        result = None
+        values: list[Value] = []
+        parts: list[bytes] = []
+        kept: list[tuple[Any, list[bytes]]] = []
+        limit = core.config.inline_bytes_max
+        # All are serialised before any is written or handed off: one that cannot be must not leave the others' holds.
+        packed = [
+            serialize(item, "return value" if count == 1 else f"return value {index}")
+            for index, item in enumerate(results)
+        ]
+        for index, serialized in enumerate(packed):
+            refs: tuple[Ref, ...] = ()
+            if serialized.refs:
+                refs = tuple(ref.wire() for ref in serialized.refs)
+                kept.append(((message.task_id, message.attempt, index), [ref.object_id for ref in refs]))
+            if serialized.size <= limit:
+                data = serialized.to_bytes()
+                parts.append(data)
+                values.append(Value(INLINE, len(data), b"", refs))
+            else:
+                object_id = return_id(message.task_id, index)
+                core.objects.write(object_id, serialized, link.peer.worker_id, keep=False)
+                values.append(Value(IN_STORE, serialized.size, core.node_id, refs))
+            if kept:
+                with core.lock:
+                    core.drain()
+                    token, ids = kept.pop()
+                    core.table.hand_off(token, ids, link.peer.worker_id)
+                held = True
+        results.clear()
+        packed.clear()
+        serialized = None  # type: ignore[assignment]
+        work_us = int((time.perf_counter() - started) * 1e6)
+        self.reply(link, message, TaskReturns(message.task_id, work_us, tuple(values)), b"".join(parts), held)
+
+    def fail(
+        self, link: Link, message: PushTask | PushActorTask, error: BaseException, started: float, held: bool, name: str
+    ) -> None:
+        """Packs the exception and replies."""
+        executor = self.executor
+        if executor.forked:
+            end_child(error)
+        exits = isinstance(error, SystemExit | ActorExit)
+        payload = task_error_payload(error, name, os.getpid(), self.core.node_id.hex())
+        mro = tuple(f"{c.__module__}.{c.__qualname__}" for c in type(error).__mro__)
+        error.__traceback__ = None
+        work_us = int((time.perf_counter() - started) * 1e6)
+        self.reply(link, message, TaskFailed(message.task_id, work_us, exits, mro), payload, held)
+        if exits:
+            executor.exiting = "exit_actor was called" if isinstance(error, ActorExit) else "the task called sys.exit"
+
+    def reply(self, link: Link, message: PushTask | PushActorTask, answer: Message, payload: bytes, held: bool) -> None:
+        """Queues a reply; one that must wait for registrations is sent by `may_reply`."""
+        if held:
+            core = self.core
+            token = (message.task_id, message.attempt)
+            with core.lock:
+                core.drain()
+                self.deferred[token] = (link, answer, payload)
+                may = core.table.end_task(token)
+                core.settle()
+                if not may:
+                    return
+                if self.deferred.pop(token, None) is None:
+                    return
+        with self.reactor.lock:
+            link.send(answer, payload)
+
+    def may_reply(self, token: Any) -> None:
+        """What the task kept has been registered, under the core's lock."""
+        reply = self.deferred.pop(token, None)
+        if reply is not None:
+            link, answer, payload = reply
+            with self.reactor.lock:
+                link.send(answer, payload)
+                self.reactor.flush_dirty()
