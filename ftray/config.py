@@ -15,6 +15,8 @@ import msgspec
 
 PROTOCOL_VERSION = 1
 
+MEMORY_LIMIT_BYTES_MIN = 256 << 20
+
 
 class Config(msgspec.Struct, frozen=True, kw_only=True):
     """Settings that all processes of a session share."""
@@ -54,6 +56,17 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     heartbeat_period_ms: int = 100
     heartbeat_timeout_ms: int = 1_000
     task_max_retries: int = 3
+    task_oom_retries: int = 10
+    """How often a task is repeated whose worker the memory monitor has ended; -1 is without end. Not counted against
+    `max_retries`, but a task that may not be retried at all is not."""
+    task_oom_pause_ms: int = 200
+    """The pause before the first such repetition; it doubles with each, up to 30 s."""
+    memory_monitor_period_ms: int = 250
+    """How often a node looks at its memory; 0 turns the memory monitor off."""
+    memory_threshold_percent: float = 95.0
+    """Over this share of the memory's limit the monitor ends a worker."""
+    memory_limit_bytes: int = 0
+    """A limit for the private memory of all workers of a node together; 0 leaves the machine's (or the control group's)."""
     wait_warning_ms: int = 60_000
     """A `get` that has waited this long says in a warning what it waits for."""
     value_bytes_max: int = 64 << 20
@@ -79,6 +92,14 @@ def config_from(environ: Mapping[str, str], overrides: Mapping[str, object] | No
             raise ValueError(f"unknown setting {name!r} in _system_config; known are: {', '.join(sorted(known))}")
         values[name] = value
     try:
-        return msgspec.convert(values, Config)
+        config = msgspec.convert(values, Config)
     except msgspec.ValidationError as error:
         raise ValueError(f"a setting has the wrong type: {error}") from None
+    if config.memory_limit_bytes and config.memory_limit_bytes < MEMORY_LIMIT_BYTES_MIN:
+        raise ValueError(
+            f"memory_limit_bytes is {config.memory_limit_bytes:,}: with less than {MEMORY_LIMIT_BYTES_MIN:,} (256 MiB) "
+            "the workers themselves would not fit; 0 means the machine's memory"
+        )
+    if not 1.0 <= config.memory_threshold_percent <= 100.0:
+        raise ValueError(f"memory_threshold_percent must be from 1 to 100, not {config.memory_threshold_percent:g}")
+    return config

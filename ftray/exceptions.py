@@ -112,7 +112,7 @@ class DeathCause:
     def advice(self) -> str:
         """What to do about such a death; empty when its kind says nothing."""
         name = self.signal_name()
-        if name == "SIGKILL":
+        if name == "SIGKILL" and not self.reason:
             return "SIGKILL comes from outside, often from the kernel's out-of-memory killer: see `dmesg`."
         if name in ("SIGSEGV", "SIGBUS", "SIGABRT", "SIGILL", "SIGFPE"):
             return f"{name} is a crash in native code: `faulthandler` shows the place."

@@ -13,7 +13,7 @@ from ftray.scheduling.resources import parse_resources
 
 RESOURCE_OPTIONS = ("num_cpus", "num_gpus", "memory", "resources")
 COMMON = (*RESOURCE_OPTIONS, "name")
-TASK_OPTIONS = frozenset((*COMMON, "num_returns", "max_retries", "retry_exceptions"))
+TASK_OPTIONS = frozenset((*COMMON, "num_returns", "max_calls", "max_retries", "retry_exceptions"))
 ACTOR_OPTIONS = frozenset(
     (
         *COMMON,
@@ -29,7 +29,7 @@ ACTOR_OPTIONS = frozenset(
 METHOD_OPTIONS = frozenset(("num_returns", "name", "max_task_retries", "retry_exceptions"))
 LATER = frozenset(
     (
-        "max_calls", "runtime_env", "scheduling_strategy", "label_selector", "accelerator_type", "concurrency_groups",
+        "runtime_env", "scheduling_strategy", "label_selector", "accelerator_type", "concurrency_groups",
         "concurrency_group", "max_pending_calls", "allow_out_of_order_execution", "placement_group",
         "placement_group_bundle_index", "placement_group_capture_child_tasks",
     )
@@ -55,6 +55,8 @@ def check_options(options: Mapping[str, Any], known: frozenset[str], what: str) 
 def _check_value(name: str, value: Any, what: str) -> None:
     if name in ("max_retries", "max_restarts", "max_task_retries"):
         _integer(name, value, what, -1, "-1 for without end")
+    elif name == "max_calls":
+        _integer(name, value, what, 0, "0 for without end")
     elif name == "max_concurrency":
         _integer(name, value, what, 1, "")
     elif name == "num_returns":

@@ -36,6 +36,8 @@ class RemoteFunction(Generic[P, R]):
         self._what = f"the remote function {getattr(function, '__qualname__', function)}"
         check_options(options, TASK_OPTIONS, self._what)
         self._needs = resource_needs(options, 1.0)
+        # A process that has used an accelerator keeps memory there until it ends.
+        self._max_calls: int = options.get("max_calls", 1 if self._needs.get("GPU") else 0)
         self._num_returns: int = 1 if options.get("num_returns") is None else options["num_returns"]
         self._retry_exceptions = exception_names(options.get("retry_exceptions"))
         self._shared: dict[Any, Any] = {} if shared is None else shared
@@ -61,16 +63,23 @@ class RemoteFunction(Generic[P, R]):
         info: FunctionInfo | None = self._shared.get(core.worker_id)
         if info is None:
             data, function_id = serialize_function(self._function)
-            info = FunctionInfo(function_id, self._options.get("name") or self._function.__qualname__)
+            info = FunctionInfo(function_id, self._function.__qualname__)
             core.submitter.export(info, data)
             self._shared.clear()
             self._shared[core.worker_id] = info
+        name = self._options.get("name")
+        if self._max_calls or name:
+            # What the others with this function do not share: the name in errors, and the bound.
+            info = FunctionInfo(info.function_id, name or info.name)
+            info.exported = True
+            info.max_calls = self._max_calls
         self._info = info
-        key = tuple(sorted(self._needs.items()))
-        with core.lock:
-            self._class = core.submitter.dispatcher.class_for(key, self._needs, info.name)
         retries = self._options.get("max_retries")
         self._max_retries = core.config.task_max_retries if retries is None else retries
+        retriable = self._max_retries != 0
+        key = (retriable, *sorted(self._needs.items()))
+        with core.lock:
+            self._class = core.submitter.dispatcher.class_for(key, self._needs, info.name, retriable)
         self._core = core
 
     def remote(self, *args: P.args, **kwargs: P.kwargs) -> Any:

@@ -121,8 +121,9 @@ class Leader:
             case e.StartActor():
                 owner = effect.owner_worker_id
                 start = m.StartActor(
-                    effect.actor_id, effect.incarnation, effect.job_id, effect.resources, effect.class_name, owner
-                )
+                    effect.actor_id, effect.incarnation, effect.job_id, effect.resources, effect.class_name, owner,
+                    restartable=effect.restartable,
+                )  # fmt: skip
                 self._send_to_node(effect.node_id, start, effect.creation)
             case e.StopActor():
                 stop = m.StopActor(effect.actor_id, effect.incarnation, effect.graceful, effect.reason)

@@ -33,8 +33,8 @@ class Lease:
     """A worker that this owner may push tasks of one class to."""
 
     __slots__ = (
-        "blocked", "closing", "cls", "done_count", "endpoint", "idle_ticks", "in_room", "inflight", "lease_id", "link",
-        "load_us", "node_id", "pid", "seen_count", "solo", "worker_id",
+        "blocked", "closing", "cls", "done_count", "doomed", "endpoint", "idle_ticks", "in_room", "inflight",
+        "lease_id", "link", "load_us", "node_id", "pid", "seen_count", "solo", "worker_id",
     )  # fmt: skip
 
     def __init__(
@@ -57,17 +57,21 @@ class Lease:
         self.done_count = 0
         self.seen_count = -1
         self.idle_ticks = 0
+        self.doomed = ""
+        """Why the node is about to end its worker for want of memory, if it is."""
 
 
 class ClassQueue:
     """Tasks with the same needs, and the leases that serve them."""
 
-    __slots__ = ("class_id", "declared", "leases", "name", "queue", "resources", "room", "said", "want")
+    __slots__ = ("class_id", "declared", "leases", "name", "queue", "resources", "retriable", "room", "said", "want")
 
-    def __init__(self, class_id: int, resources: Mapping[str, float], name: str) -> None:
+    def __init__(self, class_id: int, resources: Mapping[str, float], name: str, retriable: bool = True) -> None:
         self.class_id = class_id
         self.resources = dict(resources)
         self.name = name
+        self.retriable = retriable
+        """Its tasks may be repeated: the memory monitor ends those first."""
         self.queue: deque[TaskRecord] = deque()
         self.leases: dict[int, Lease] = {}
         self.room: deque[Lease] = deque()
@@ -96,11 +100,13 @@ class TaskDispatcher:
         self.returns: list[int] = []
         self.recalls: list[tuple[Lease, tuple[bytes, ...]]] = []
 
-    def class_for(self, key: Any, resources: Mapping[str, float], name: str) -> ClassQueue:
+    def class_for(
+        self, key: Any, resources: Mapping[str, float], name: str, retriable: bool = True
+    ) -> ClassQueue:
         """The queue of a scheduling class, made at first use."""
         cls = self.classes.get(key)
         if cls is None:
-            cls = ClassQueue(len(self.by_id) + 1, resources, name)
+            cls = ClassQueue(len(self.by_id) + 1, resources, name, retriable)
             self.classes[key] = cls
             self.by_id[cls.class_id] = cls
         return cls

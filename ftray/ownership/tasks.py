@@ -18,12 +18,14 @@ import msgspec
 class FunctionInfo:
     """A remote function or method as its submissions share it."""
 
-    __slots__ = ("exported", "function_id", "mean_us", "name")
+    __slots__ = ("exported", "function_id", "max_calls", "mean_us", "name")
 
     def __init__(self, function_id: bytes, name: str) -> None:
         self.function_id = function_id
         self.name = name
         self.exported = False
+        self.max_calls = 0
+        """A worker ends after so many runs of it; 0 is no bound."""
         self.mean_us = -1.0
         """Running mean of its measured time; negative until it has been measured."""
 

@@ -51,8 +51,8 @@ class Hosted:
     """One life of an actor on this node."""
 
     __slots__ = (
-        "actor_id", "class_name", "creation", "incarnation", "job_id", "lease_id", "owner", "stage", "stopping",
-        "token", "worker_id",
+        "actor_id", "class_name", "creation", "incarnation", "job_id", "lease_id", "owner", "restartable", "stage",
+        "stopping", "token", "worker_id",
     )  # fmt: skip
 
     def __init__(self, message: StartActor, creation: bytes) -> None:
@@ -61,6 +61,7 @@ class Hosted:
         self.job_id = message.job_id
         self.class_name = message.class_name
         self.owner = message.owner
+        self.restartable = message.restartable
         self.creation = creation
         self.token = (message.actor_id, message.incarnation)
         self.stage = Stage.QUEUED

@@ -36,7 +36,7 @@ class Client:
 
     __slots__ = (
         "class_names", "driver", "endpoint", "entrypoint", "goodbye", "gone", "job_id", "lease_id", "link",
-        "log_to_driver", "pid", "running", "worker_id",
+        "log_to_driver", "not_retriable", "pid", "running", "since_ms", "worker_id",
     )  # fmt: skip
 
     def __init__(self, link: Link, hello: RegisterClient) -> None:
@@ -53,10 +53,14 @@ class Client:
         self.gone = False
         self.lease_id = 0
         """The lease under which it works now (an actor's too), or 0."""
+        self.since_ms = 0.0
+        """When it got that lease."""
         self.running = ""
         """What it says that it runs."""
         self.class_names: dict[int, str] = {}
         """Names of its scheduling classes, for status and for errors."""
+        self.not_retriable: set[int] = set()
+        """Scheduling classes whose tasks may run once only."""
 
 
 class Clients:

@@ -46,14 +46,16 @@ IDLE_EXIT = "idle"
 class GivenLease:
     """A lease: of whom, and in which worker (empty while none has been found)."""
 
-    __slots__ = ("class_id", "client_id", "job_id", "lease_id", "worker_id")
+    __slots__ = ("class_id", "client_id", "job_id", "lease_id", "retriable", "worker_id")
 
-    def __init__(self, lease_id: int, client_id: bytes, class_id: int, job_id: bytes) -> None:
+    def __init__(self, lease_id: int, client_id: bytes, class_id: int, job_id: bytes, retriable: bool = True) -> None:
         self.lease_id = lease_id
         self.client_id = client_id
         self.class_id = class_id
         self.job_id = job_id
         self.worker_id = b""
+        self.retriable = retriable
+        """What it runs may be repeated, should the memory monitor end the worker."""
 
 
 class Leases:
@@ -81,6 +83,8 @@ class Leases:
             raise ProtocolError(f"client {short(client.worker_id)} asks for leases before it belongs to a job")
         if message.name:
             client.class_names[class_id] = message.name
+        if not message.retriable:
+            client.not_retriable.add(class_id)
         try:
             self.scheduler.set_demand(client.worker_id, class_id, message.want, message.resources, client.job_id)
         except DemandError as error:
@@ -169,6 +173,7 @@ class Leases:
     def assign(self, worker: Worker, client: Client, lease_id: int) -> None:
         """Gives the worker to its job, if it is its first, and to a lease."""
         client.lease_id = lease_id
+        client.since_ms = self._now()
         client.running = ""
         if client.job_id == worker.job_id:
             return
@@ -210,7 +215,9 @@ class Leases:
         pool, scheduler = self.pool, self.scheduler
         for grant in scheduler.dispatch(now_ms, UNSERVED_MAX - pool.requests):
             if isinstance(grant, Grant):
-                lease = GivenLease(grant.lease_id, grant.client, grant.class_id, grant.job_id)
+                owner = raylet.clients.by_id.get(grant.client)
+                retriable = owner is None or grant.class_id not in owner.not_retriable
+                lease = GivenLease(grant.lease_id, grant.client, grant.class_id, grant.job_id, retriable)
                 self.given[grant.lease_id] = lease
                 pool.request(grant.lease_id, grant.job_id)
             else:

@@ -31,6 +31,7 @@ from ftray.raylet.deaths import Deaths, how
 from ftray.raylet.forking import TemplateProcess, TemplateSpec
 from ftray.raylet.leases import Leases
 from ftray.raylet.logs import LogHub
+from ftray.raylet.memory_monitor import MemoryMonitor
 from ftray.raylet.pool import WorkerPool
 from ftray.raylet.processes import Process, Processes
 from ftray.raylet.store_service import StoreService
@@ -112,6 +113,8 @@ class Raylet:
             m.KillWorker: self._kill_worker,
             m.Unregister: self._unregister,
         }
+        self.memory = MemoryMonitor(self)
+        self._handlers[m.DoomedSeen] = self.memory.seen
 
     def adopt_config(self, config: Config) -> None:
         """The settings of the cluster that this node joins, before it has any client."""

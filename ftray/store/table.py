@@ -11,6 +11,13 @@ Rules:
   any more, but those who look into it already go on.
 - What has neither pin is a cached copy: it may be evicted, the least recently released first, and only when an
   object that needs the room will fit for it.
+- A primary that no client has pinned may be **spilled**: `begin_spill` gives out the least recently released one, the
+  shell writes its file, and from `spilled` on it is like a cached copy: its memory goes when it is needed, and the
+  object is then on disk alone. `begin_restore` takes room for it again, the shell reads the file, and after
+  `restored` it is a copy whose file is still there: it is dropped without being written again. While bytes are on
+  their way the disk has a pin on them, as any client has.
+- A file goes with its generation (`take_unlinks`). One that turns out to be damaged leaves an object that is *lost*:
+  who asks for it is told why, until its owner frees it or it is made again.
 - Ids come back, for a task that runs again makes the same ones. A sealed object stays as it is. One that another
   process is still writing is superseded: the newer attempt is the one that the owner waits for, and the older writer
   keeps its bytes to itself until it lets go of them. So there may be several *generations* of one id, of which only
@@ -18,124 +25,45 @@ Rules:
   held until as many were released as were taken.
 
 Rejected: refusing an id while an old generation is still looked into (a reader that keeps an array would block the
-task's retry for ever); handing out pin numbers (readers would carry them, for a case that hardly ever happens).
+task's retry for ever); handing out pin numbers (readers would carry them, for a case that hardly ever happens);
+writing and dropping in one step (what is written ahead of need can stay in memory until somebody needs the room).
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator
-from enum import Enum
-from typing import Final, NamedTuple
 
 from ftray.store.allocator import PAGE_BYTES, Allocator
+from ftray.store.records import (
+    DISK,
+    IDLE,
+    NOWHERE,
+    ON_DISK,
+    RESTORING,
+    SPILLING,
+    UNSEALED,
+    Created,
+    Dropped,
+    Exists,
+    FilePlace,
+    Full,
+    Job,
+    Lost,
+    ObjectRow,
+    OnDisk,
+    Place,
+    StoredObject,
+    StoreError,
+    StoreStats,
+    Unsealed,
+)
+from ftray.store.table_audit import check_table
 
-
-class StoreError(Exception):
-    """A client asked for something that makes no sense; nothing was changed. The text is for its reply."""
-
-
-class Created(NamedTuple):
-    """Room at `offset`, and the cached copies that had to go for it."""
-
-    offset: int
-    evicted: tuple[bytes, ...] = ()
-
-
-class Exists(NamedTuple):
-    """The object is here and sealed already. It was not pinned for the client."""
-
-    offset: int
-    size: int
-
-
-class Full(NamedTuple):
-    """No room, in bytes: what is needed, what is free in all and at a piece, and what could be evicted.
-
-    With `needed` above `capacity`, it will never fit. `evicted` went in vain, as what is free is in pieces.
-    """
-
-    needed: int
-    free: int
-    biggest: int
-    evictable: int
-    capacity: int
-    evicted: tuple[bytes, ...] = ()
-
-
-class Place(NamedTuple):
-    """Where a pinned object lies."""
-
-    offset: int
-    size: int
-
-
-class Unsealed(Enum):
-    """The object is being written: wait for it."""
-
-    UNSEALED = "unsealed"
-
-
-UNSEALED: Final = Unsealed.UNSEALED
-
-
-class Dropped(NamedTuple):
-    """What a dead client left: creations that were undone, and objects that it had pinned."""
-
-    aborted: list[bytes]
-    released: list[bytes]
-
-
-class StoreStats(NamedTuple):
-    """Bytes, in whole pages: `used` is `pinned` (by clients or as primaries) and `evictable`."""
-
-    capacity_bytes: int
-    used_bytes: int
-    pinned_bytes: int
-    evictable_bytes: int
-    biggest_free_bytes: int
-    objects: int
-    freed_objects: int
-    """Freed, but still looked into."""
-    evicted_total: int
-    """Since the start."""
-
-
-class ObjectRow(NamedTuple):
-    """For `ftray memory`: one generation of an object, and every reason why it is there."""
-
-    object_id: bytes
-    offset: int
-    size: int
-    state: str
-    """'creating', 'sealed', 'freed' (or superseded) and still looked into."""
-    owner: bytes
-    creator: bytes
-    primary: bool
-    pins: dict[bytes, int]
-    """Pins by client."""
-
-
-class _Object:
-    """One generation. Compared by identity."""
-
-    __slots__ = ("object_id", "offset", "size", "room", "owner", "creator", "primary", "sealed", "doomed", "pins")
-
-    def __init__(
-        self, object_id: bytes, offset: int, size: int, room: int, owner: bytes, creator: bytes, primary: bool
-    ) -> None:
-        self.object_id = object_id
-        self.offset = offset
-        self.size = size
-        self.room = room
-        """Bytes taken up, in whole pages; 0 for an empty object, which has no place."""
-        self.owner = owner
-        self.creator = creator
-        self.primary = primary
-        self.sealed = False
-        self.doomed = False
-        """Freed or superseded: it goes with its last pin."""
-        self.pins: dict[bytes, int] = {}
+__all__ = [
+    "ON_DISK", "UNSEALED", "Created", "Dropped", "Exists", "FilePlace", "Full", "Job", "Lost", "ObjectRow",
+    "ObjectTable", "OnDisk", "Place", "StoreError", "StoreStats", "Unsealed",
+]  # fmt: skip
 
 
 class ObjectTable:
@@ -146,29 +74,41 @@ class ObjectTable:
     """
 
     __slots__ = (
-        "_allocator", "_cached", "_clients", "_doomed", "_evictable_bytes", "_evicted_total", "_freed_count",
-        "_objects", "_owned", "_released", "_waiters",
+        "_allocator", "_cached", "_clients", "_doomed", "_evictable_bytes", "_evicted_total", "_file_bytes", "_files",
+        "_freed_count", "_jobs", "_jobs_total", "_objects", "_owned", "_released", "_restored_total", "_spillable",
+        "_spillable_bytes", "_spilled_bytes", "_spilled_count", "_spilled_total", "_spilling_bytes", "_unlinks",
+        "_waiters",
     )  # fmt: skip
 
     def __init__(self, capacity_bytes: int) -> None:
         self._allocator = Allocator(capacity_bytes, PAGE_BYTES)
-        self._objects: dict[bytes, _Object] = {}
+        self._objects: dict[bytes, StoredObject] = {}
         """The generation that can be found, by id."""
-        self._doomed: dict[bytes, list[_Object]] = {}
+        self._doomed: dict[bytes, list[StoredObject]] = {}
         """Generations that can't, and are pinned."""
         self._freed_count = 0
-        self._clients: dict[bytes, dict[_Object, None]] = {}
+        self._clients: dict[bytes, dict[StoredObject, None]] = {}
         """What each client has pinned."""
         self._owned: dict[bytes, dict[bytes, None]] = {}
         """Ids of the findable objects of each owner."""
-        self._cached: OrderedDict[bytes, _Object] = OrderedDict()
-        """Sealed objects without any pin, least recently released first. (A plain dict is slow to pop from the
-        front.)"""
+        self._cached: OrderedDict[bytes, StoredObject] = OrderedDict()
+        """What may leave memory at once: sealed and without any pin, or primary with a file and without a client's
+        pin. Least recently released first. (A plain dict is slow to pop from the front.)"""
         self._evictable_bytes = 0
         self._evicted_total = 0
         self._released: dict[tuple[bytes, bytes], int] = {}
         """Releases counted by (client, id) where the client has pins on several generations."""
         self._waiters: dict[bytes, dict[Hashable, None]] = {}
+        self._spillable: OrderedDict[bytes, StoredObject] = OrderedDict()
+        """Sealed primaries that are in memory alone and that no client has pinned, least recently released first."""
+        self._spillable_bytes = 0
+        self._jobs: dict[int, StoredObject] = {}
+        """What is on its way to or from the disk."""
+        self._jobs_total = 0
+        self._spilling_bytes = 0
+        self._spilled_count = self._spilled_bytes = self._spilled_total = self._restored_total = 0
+        self._files = self._file_bytes = 0
+        self._unlinks: list[int] = []
 
     # --- writing -----------------------------------------------------------------------------------------------------
 
@@ -184,30 +124,24 @@ class ObjectTable:
         if not isinstance(size, int) or isinstance(size, bool) or size < 0:
             raise StoreError(f"an object can't have a size of {size!r} bytes")
         found = self._objects.get(object_id)
-        if found is not None and found.sealed:
+        if found is not None and found.sealed and not found.lost:
             if primary and not found.primary:
-                found.primary = True
                 self._uncache(found)
+                found.primary = True
+                self._settle(found)
             return Exists(found.offset, found.size)
         mine = self._writing(object_id, client)
         if mine is not None:
             self._undo(mine)
             found = self._objects.get(object_id)
         room = self._allocator.rounded(size)
-        offset: int | None = 0
         evicted: list[bytes] = []
-        if room:
-            if room > self._allocator.free_bytes + self._evictable_bytes:
-                return self._full(room, evicted)
-            offset = self._allocator.allocate(room)
-            while offset is None and self._cached:
-                evicted.append(self._evict())
-                offset = self._allocator.allocate(room)
-            if offset is None:
-                return self._full(room, evicted)
+        offset = self._take(room, evicted)
+        if offset is None:
+            return self._full(room, evicted)
         if found is not None:
             self._doom(found)
-        entry = _Object(object_id, offset or 0, size, room, owner, client, primary)
+        entry = StoredObject(object_id, offset, size, room, owner, client, primary)
         self._objects[object_id] = entry
         self._owned.setdefault(owner, {})[object_id] = None
         self._add_pin(entry, client)
@@ -251,15 +185,27 @@ class ObjectTable:
 
     # --- reading -----------------------------------------------------------------------------------------------------
 
-    def pin(self, object_id: bytes, client: bytes) -> Place | Unsealed | None:
-        """Pins a sealed object for the client, once more each time. None: it is not here."""
+    def pin(self, object_id: bytes, client: bytes) -> Place | Unsealed | OnDisk | Lost | None:
+        """Pins a sealed object that is in memory, once more each time. None: it is not here. Else nothing is pinned."""
         entry = self._objects.get(object_id)
         if entry is None:
             return None
         if not entry.sealed:
             return UNSEALED
+        if entry.lost:
+            return Lost(entry.lost)
+        if entry.offset == NOWHERE or entry.busy == RESTORING:
+            return ON_DISK
         self._add_pin(entry, client)
         return Place(entry.offset, entry.size)
+
+    def pin_file(self, object_id: bytes, client: bytes) -> FilePlace | None:
+        """Pins an object that has a file, so that the client may read that. None: it has none."""
+        entry = self._objects.get(object_id)
+        if entry is None or not entry.file:
+            return None
+        self._add_pin(entry, client)
+        return FilePlace(entry.file, entry.size, entry.checksum)
 
     def release(self, object_id: bytes, client: bytes, n: int = 1) -> bool:
         """Drops `n` of the client's pins. Returns whether room was made (or could be now, by eviction).
@@ -296,6 +242,76 @@ class ObjectTable:
             if not tokens:
                 del self._waiters[object_id]
 
+    # --- to the disk and back ----------------------------------------------------------------------------------------
+
+    def next_spill_bytes(self) -> int:
+        """The size of what `begin_spill` would give out, 0 if nothing."""
+        for entry in self._spillable.values():
+            return entry.size
+        return 0
+
+    def postpone_spill(self) -> None:
+        """What `begin_spill` would give out goes behind all others."""
+        self._spillable.move_to_end(next(iter(self._spillable)))
+
+    def begin_spill(self) -> Job | None:
+        """The least recently released primary without a file is to be written; ended by `spilled` or `not_spilled`."""
+        if not self._spillable:
+            return None
+        entry = next(iter(self._spillable.values()))
+        self._spilling_bytes += entry.room
+        return self._begin(entry, SPILLING)
+
+    def spilled(self, number: int, checksum: int) -> None:
+        """The bytes are in the file of this number. Raises StoreError for a job that there is not."""
+        entry = self._end(number, SPILLING)
+        self._spilling_bytes -= entry.room
+        entry.file, entry.checksum = number, checksum
+        self._files += 1
+        self._file_bytes += entry.size
+        self._spilled_total += entry.size
+        self._drop_pins(entry, DISK)
+
+    def not_spilled(self, number: int) -> None:
+        """They could not be written: all is as before, but other objects are tried first. Raises StoreError."""
+        entry = self._end(number, SPILLING)
+        self._spilling_bytes -= entry.room
+        self._drop_pins(entry, DISK)
+
+    def begin_restore(self, object_id: bytes) -> Job | Full | None:
+        """Takes room for an object that is on disk alone; ended by `restored` or `not_restored`. None: it is not."""
+        entry = self._objects.get(object_id)
+        if entry is None or not entry.is_spilled:
+            return None
+        evicted: list[bytes] = []
+        offset = self._take(entry.room, evicted)
+        if offset is None:
+            return self._full(entry.room, evicted)
+        self._spilled_count -= 1
+        self._spilled_bytes -= entry.size
+        entry.offset = offset
+        return self._begin(entry, RESTORING)
+
+    def restored(self, number: int) -> None:
+        """The bytes are in memory again. Raises StoreError for a job that there is not."""
+        entry = self._end(number, RESTORING)
+        self._restored_total += entry.size
+        self._drop_pins(entry, DISK)
+
+    def not_restored(self, number: int, lost: str = "") -> None:
+        """They are not; `lost` says why, if the file is damaged and the object is lost by that. Raises StoreError."""
+        entry = self._end(number, RESTORING)
+        self._leave_memory(entry)
+        if lost:
+            entry.lost = lost
+            self._remove_file(entry)
+        self._drop_pins(entry, DISK)
+
+    def take_unlinks(self) -> list[int]:
+        """Numbers of files that are not needed any more."""
+        unlinks, self._unlinks = self._unlinks, []
+        return unlinks
+
     # --- deaths ------------------------------------------------------------------------------------------------------
 
     def drop_client(self, client: bytes) -> Dropped:
@@ -318,9 +334,35 @@ class ObjectTable:
     # --- what there is -----------------------------------------------------------------------------------------------
 
     def __contains__(self, object_id: object) -> bool:
-        """Whether the object is here, sealed and not freed."""
+        """Whether the object is here (in memory or on disk), sealed and not freed."""
         entry = self._objects.get(object_id) if isinstance(object_id, bytes) else None
-        return entry is not None and entry.sealed
+        return entry is not None and entry.sealed and not entry.lost
+
+    def holders(self) -> list[bytes]:
+        """Clients that have pinned anything."""
+        return [client for client in self._clients if client != DISK]
+
+    @property
+    def capacity_bytes(self) -> int:
+        return self._allocator.capacity_bytes
+
+    @property
+    def solid_bytes(self) -> int:
+        """What does not leave memory without a further decision: not evictable, and not being written to disk."""
+        return self._allocator.used_bytes - self._evictable_bytes - self._spilling_bytes
+
+    @property
+    def spillable_bytes(self) -> int:
+        return self._spillable_bytes
+
+    @property
+    def spilling_bytes(self) -> int:
+        return self._spilling_bytes
+
+    @property
+    def file_bytes(self) -> int:
+        """The sizes of all files that are or are being written."""
+        return self._file_bytes + self._spilling_bytes
 
     def stats(self) -> StoreStats:
         """Sums, without a scan."""
@@ -334,58 +376,37 @@ class ObjectTable:
             objects=len(self._objects),
             freed_objects=self._freed_count,
             evicted_total=self._evicted_total,
+            spillable_bytes=self._spillable_bytes,
+            spilled_objects=self._spilled_count,
+            spilled_bytes=self._spilled_bytes,
+            spill_files=self._files,
+            spill_file_bytes=self._file_bytes,
+            spilled_bytes_total=self._spilled_total,
+            restored_bytes_total=self._restored_total,
         )
 
     def rows(self) -> Iterator[ObjectRow]:
         """Every object here, with all that keeps it."""
         for entry in self._all():
-            yield ObjectRow(
-                entry.object_id, entry.offset, entry.size,
-                "freed" if entry.doomed else "sealed" if entry.sealed else "creating",
-                entry.owner, entry.creator, entry.primary, dict(entry.pins),
-            )  # fmt: skip
+            yield entry.row()
 
     def check(self) -> None:
         """Raises AssertionError if the books are not consistent. Linear; for tests and simulation."""
-        self._allocator.check()
-        entries = list(self._all())
-        places = {entry.offset: entry.room for entry in entries if entry.room}
-        assert dict(self._allocator.blocks()) == places
-        assert len(places) == sum(bool(entry.room) for entry in entries), "two objects in one place"
-        pinned: dict[bytes, set[_Object]] = {}
-        for entry in entries:
-            assert entry.room >= entry.size >= 0
-            assert all(count > 0 for count in entry.pins.values())
-            assert entry.pins or not entry.doomed, "a doomed object without pins"
-            assert entry.sealed or entry.pins == {entry.creator: 1}, "a creation is its creator's alone"
-            cached = entry.sealed and not entry.pins and not entry.primary
-            assert (self._cached.get(entry.object_id) is entry) == cached
-            for client in entry.pins:
-                pinned.setdefault(client, set()).add(entry)
-        assert {client: set(held) for client, held in self._clients.items()} == pinned
-        assert self._evictable_bytes == sum(entry.room for entry in self._cached.values())
-        assert self._freed_count == sum(entry.doomed for entry in entries)
-        owned: dict[bytes, set[bytes]] = {}
-        for entry in self._objects.values():
-            owned.setdefault(entry.owner, set()).add(entry.object_id)
-        assert {owner: set(ids) for owner, ids in self._owned.items()} == owned
-        assert not any(object_id in self for object_id in self._waiters)
-        for client, object_id in self._released:
-            assert sum(client in entry.pins for entry in self._doomed.get(object_id, ())) >= 1
+        check_table(self)
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
-    def _all(self) -> Iterator[_Object]:
+    def _all(self) -> Iterator[StoredObject]:
         yield from self._objects.values()
         for generations in self._doomed.values():
             yield from generations
 
-    def _generations(self, object_id: bytes) -> list[_Object]:
+    def _generations(self, object_id: bytes) -> list[StoredObject]:
         found = self._objects.get(object_id)
         doomed = self._doomed.get(object_id, [])
         return doomed if found is None else [found, *doomed]
 
-    def _writing(self, object_id: bytes, client: bytes) -> _Object | None:
+    def _writing(self, object_id: bytes, client: bytes) -> StoredObject | None:
         """The generation that the client is writing; there is one at most."""
         for entry in self._generations(object_id):
             if not entry.sealed and entry.creator == client:
@@ -421,7 +442,7 @@ class ObjectTable:
             made_room |= self._drop_pins(entry, client)
         return made_room
 
-    def _add_pin(self, entry: _Object, client: bytes) -> None:
+    def _add_pin(self, entry: StoredObject, client: bytes) -> None:
         if not entry.pins:
             self._uncache(entry)
         count = entry.pins.get(client, 0)
@@ -429,7 +450,7 @@ class ObjectTable:
         if not count:
             self._clients.setdefault(client, {})[entry] = None
 
-    def _drop_pins(self, entry: _Object, client: bytes) -> bool:
+    def _drop_pins(self, entry: StoredObject, client: bytes) -> bool:
         """All of the client's pins on a sealed generation. Returns whether room was made or could be."""
         del entry.pins[client]
         held = self._clients[client]
@@ -441,19 +462,28 @@ class ObjectTable:
         if entry.doomed:
             self._dispose(entry)
             return True
-        if entry.primary:
-            return False
-        self._cached[entry.object_id] = entry
-        self._evictable_bytes += entry.room
-        return True
+        return self._settle(entry)
 
-    def _undo(self, entry: _Object) -> None:
+    def _settle(self, entry: StoredObject) -> bool:
+        """Without pins, what is in memory may be evicted or spilled. Returns whether it may be."""
+        if entry.pins or entry.offset == NOWHERE:
+            return False
+        if not entry.primary or entry.file:
+            self._cached[entry.object_id] = entry
+            self._evictable_bytes += entry.room
+            return True
+        if entry.room:
+            self._spillable[entry.object_id] = entry
+            self._spillable_bytes += entry.room
+        return False
+
+    def _undo(self, entry: StoredObject) -> None:
         """Ends a creation: the only pin is its creator's."""
         if not entry.doomed:
             self._doom(entry)
         self._drop_pins(entry, entry.creator)
 
-    def _doom(self, entry: _Object) -> None:
+    def _doom(self, entry: StoredObject) -> None:
         """It can't be found any more, and goes with its last pin."""
         self._uncache(entry)
         del self._objects[entry.object_id]
@@ -468,23 +498,78 @@ class ObjectTable:
         if not entry.pins:
             self._dispose(entry)
 
-    def _dispose(self, entry: _Object) -> None:
+    def _dispose(self, entry: StoredObject) -> None:
         generations = self._doomed[entry.object_id]
         generations.remove(entry)
         if not generations:
             del self._doomed[entry.object_id]
         self._freed_count -= 1
-        if entry.room:
+        if entry.file:
+            self._remove_file(entry)
+        if entry.room and entry.offset != NOWHERE:
             self._allocator.free(entry.offset)
 
-    def _uncache(self, entry: _Object) -> None:
+    def _uncache(self, entry: StoredObject) -> None:
+        """It is pinned or goes."""
         if self._cached.get(entry.object_id) is entry:
             del self._cached[entry.object_id]
             self._evictable_bytes -= entry.room
+        elif self._spillable.get(entry.object_id) is entry:
+            del self._spillable[entry.object_id]
+            self._spillable_bytes -= entry.room
+
+    def _take(self, room: int, evicted: list[bytes]) -> int | None:
+        """The offset of so much room, made by evicting if need be; None, and nothing evicted, if that can't help."""
+        if not room:
+            return 0
+        if room > self._allocator.free_bytes + self._evictable_bytes:
+            return None
+        offset = self._allocator.allocate(room)
+        while offset is None and self._cached:
+            evicted.append(self._evict())
+            offset = self._allocator.allocate(room)
+        return offset
 
     def _evict(self) -> bytes:
-        """The least recently released cached copy goes."""
-        object_id = next(iter(self._cached))
-        self._doom(self._cached[object_id])
+        """The least recently released cached copy leaves memory; a primary's file stays."""
+        object_id, entry = next(iter(self._cached.items()))
+        if entry.primary:
+            self._uncache(entry)
+            self._leave_memory(entry)
+        else:
+            self._doom(entry)
         self._evicted_total += 1
         return object_id
+
+    # --- files -------------------------------------------------------------------------------------------------------
+
+    def _begin(self, entry: StoredObject, busy: int) -> Job:
+        self._jobs_total += 1
+        number = self._jobs_total
+        self._jobs[number] = entry
+        self._add_pin(entry, DISK)
+        entry.busy = busy
+        return Job(number, entry.offset, entry.size, entry.file, entry.checksum)
+
+    def _end(self, number: int, busy: int) -> StoredObject:
+        entry = self._jobs.get(number)
+        if entry is None or entry.busy != busy:
+            raise StoreError(f"there is no such job {number}")
+        del self._jobs[number]
+        entry.busy = IDLE
+        return entry
+
+    def _leave_memory(self, entry: StoredObject) -> None:
+        self._allocator.free(entry.offset)
+        entry.offset = NOWHERE
+        self._spilled_count += 1
+        self._spilled_bytes += entry.size
+
+    def _remove_file(self, entry: StoredObject) -> None:
+        if entry.is_spilled:
+            self._spilled_count -= 1
+            self._spilled_bytes -= entry.size
+        self._unlinks.append(entry.file)
+        entry.file = 0
+        self._files -= 1
+        self._file_bytes -= entry.size

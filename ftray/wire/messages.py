@@ -230,6 +230,8 @@ class LeaseDemand(Message, tag=21):
     name: str = ""
     environment: str = ""
     """The runtime environment as JSON (`runtime_env.py`), empty for the job's; said with `resources`."""
+    retriable: bool = True
+    """Its tasks may be repeated if the memory monitor ends their worker; said with `resources`."""
 
 
 class ReturnLeases(Message, tag=22):
@@ -268,6 +270,8 @@ class PinObjects(Message, tag=28):
 
 class ReleaseObjects(Message, tag=29):
     object_ids: tuple[bytes, ...]
+    pressure: int = 0
+    """The number of the `StorePressure` that this answers, if it does."""
 
 
 class FreeObjects(Message, tag=30):
@@ -369,7 +373,8 @@ class LeaseReclaim(Message, tag=43):
 
 
 class ObjectCreated(Message, tag=44):
-    """`offset` is -1 with an `error`, -2 when the object exists already (sealed)."""
+    """`offset` is -1 with an `error`, -2 when the object exists already (sealed), -3 with an `error` when there is no
+    room because the disk is full."""
 
     request: int
     offset: int
@@ -377,10 +382,15 @@ class ObjectCreated(Message, tag=44):
 
 
 class ObjectsPinned(Message, tag=45):
-    """In the order asked for: `(offset, size)`, or `(-1, 0)` for an object that this node has not."""
+    """In the order asked for: `(offset, size)`, `(-1, 0)` for an object that this node has not, or `(-2, size)` for one
+    that is pinned too, but is to be read from its file, since there is no room for it in memory."""
 
     request: int
     places: tuple[tuple[int, int], ...]
+    files: dict[int, tuple[str, int]] = {}
+    """By position, path and checksum of what is to be read from a file."""
+    lost: dict[int, str] = {}
+    """By position, why an object is not here, where there is more to say than that."""
 
 
 class DeathCauseKnown(Message, tag=46):
@@ -447,9 +457,10 @@ class AskClient(Message, tag=54):
 
 
 class StorePressure(Message, tag=55):
-    """The store needs room: let go of these objects if nothing looks into them (answered by `ReleaseObjects`)."""
+    """To who holds pins: room is needed. Answered by a `ReleaseObjects` of all that nothing here looks into, which may
+    be empty."""
 
-    object_ids: tuple[bytes, ...]
+    request: int
 
 
 # --- any client <-> GCS ---------------------------------------------------------------------------------------------
@@ -522,6 +533,7 @@ class StartActor(Message, tag=70):
     class_name: str
     owner: bytes = b""
     environment: str = ""
+    restartable: bool = False
 
 
 class StopActor(Message, tag=71):

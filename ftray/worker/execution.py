@@ -106,6 +106,8 @@ class Executor:
         self.reactor = Reactor(core.config, core.token, core.cluster_id, None, "tasks")
         self.pending: deque[tuple[Link | None, Any, Any]] = deque()
         self.functions: dict[bytes, Any] = {}
+        self.calls: dict[bytes, int] = {}
+        """Functions with `max_calls` -> how often they have run here."""
         self.assigned = Answer()
         self.actor: ActorMode | None = None
         self.actor_id = b""
@@ -293,6 +295,8 @@ class Executor:
             self.arm_tick()
         self.ran += 1
         self.running = message
+        if message.max_calls:
+            self.count_call(message)
         started = time.perf_counter()
         task_id = message.task_id
         context = task_context(task_id, message.attempt, "")
@@ -329,6 +333,12 @@ class Executor:
         finally:
             current_task.reset(variable)
             self.running = None
+
+    def count_call(self, message: PushTask) -> None:
+        """A function with `max_calls` runs: after its last time here the worker ends."""
+        count = self.calls.get(message.function_id, 0) + 1
+        self.calls[message.function_id] = count
+        self.replies.exits = count >= message.max_calls
 
     def arguments(self, message: PushTask | PushActorTask, payload: Any) -> tuple[list[Any], dict[str, Any]]:
         """The arguments of a task with references: loaded, and top-level ones replaced by their values."""
@@ -437,6 +447,7 @@ class Executor:
     def exit_now(self) -> None:
         """Says goodbye and ends the process."""
         core = self.core
+        self.replies.wait_deferred()
         with core.lock:
             core.closed = True
             core.raylet.send(Unregister(self.exiting))

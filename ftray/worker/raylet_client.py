@@ -34,6 +34,7 @@ from ftray.wire.messages import (
     Registered,
     ReleaseObjects,
     WorkerAssigned,
+    WorkerDoomed,
 )
 from ftray.wire.reactor import Link
 from ftray.worker.objects import Answer
@@ -121,6 +122,8 @@ class RayletClient:
             core.submitter.reclaim(message.lease_id)  # type: ignore[attr-defined]
         elif kind is LeaseInfeasible:
             core.submitter.infeasible(message)  # type: ignore[arg-type]
+        elif isinstance(message, WorkerDoomed):
+            core.submitter.oom.doomed(message)
         elif isinstance(message, ObjectCreated | ObjectsPinned | DeathCauseKnown):
             waiting = self._requests.pop(message.request, None)
             if isinstance(waiting, Answer):

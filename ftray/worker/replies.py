@@ -30,6 +30,10 @@ from ftray.wire.reactor import Link
 from ftray.worker.failures import task_error_payload
 from ftray.worker.inheritance import end_child
 from ftray.worker.serialization import serialize
+from ftray.worker.waiting import Waiter, block
+
+DEFERRED_WAIT_S = 1.0
+MAX_CALLS = "its function has run max_calls times"
 
 if TYPE_CHECKING:
     from ftray.worker.execution import Executor
@@ -44,14 +48,18 @@ class Replies:
         self.reactor = executor.reactor
         self.deferred: dict[Any, tuple[Link, Message, Any]] = {}
         """Replies that wait for registrations, by task and attempt; under the core's lock."""
+        self.exits = False
+        """The worker ends after the reply that comes next: its function has run `max_calls` times here."""
 
     def succeed(self, link: Link, message: PushTask | PushActorTask, result: Any, started: float, held: bool) -> None:
         """Serialises the result and replies."""
         core = self.core
         count = message.num_returns
+        if self.exits:
+            self._leave_after()
         if count == 1:
             serialized = serialize(result, "return value")
-            if serialized.size <= core.config.inline_bytes_max and not serialized.refs:
+            if serialized.size <= core.config.inline_bytes_max and not serialized.refs and not self.exits:
                 result = None
                 data = serialized.to_bytes()
                 work_us = int((time.perf_counter() - started) * 1e6)
@@ -108,7 +116,7 @@ class Replies:
         packed.clear()
         serialized = None  # type: ignore[assignment]
         work_us = int((time.perf_counter() - started) * 1e6)
-        self.reply(link, message, TaskReturns(message.task_id, work_us, tuple(values)), b"".join(parts), held)
+        self.reply(link, message, TaskReturns(message.task_id, work_us, tuple(values), exits=self.exits), b"".join(parts), held)
 
     def fail(
         self, link: Link, message: PushTask | PushActorTask, error: BaseException, started: float, held: bool, name: str
@@ -117,14 +125,31 @@ class Replies:
         executor = self.executor
         if executor.forked:
             end_child(error)
-        exits = isinstance(error, SystemExit | ActorExit)
+        if self.exits:
+            self._leave_after()
+        exits = self.exits or isinstance(error, SystemExit | ActorExit)
         payload = task_error_payload(error, name, os.getpid(), self.core.node_id.hex())
         mro = tuple(f"{c.__module__}.{c.__qualname__}" for c in type(error).__mro__)
         error.__traceback__ = None
         work_us = int((time.perf_counter() - started) * 1e6)
         self.reply(link, message, TaskFailed(message.task_id, work_us, exits, mro), payload, held)
-        if exits:
+        if exits and not self.exits:
             executor.exiting = "exit_actor was called" if isinstance(error, ActorExit) else "the task called sys.exit"
+
+    def _leave_after(self) -> None:
+        """The worker ends with this reply, unless it owns objects: those would be lost. Then a later call ends it."""
+        core = self.core
+        with core.lock:
+            core.drain()
+            self.exits = all(entry.owner is not None for entry in core.entries.values())
+        if self.exits:
+            self.executor.exiting = MAX_CALLS
+
+    def wait_deferred(self) -> None:
+        """The worker is about to end: replies that still wait for registrations go out first, within a second."""
+        deadline = time.monotonic() + DEFERRED_WAIT_S
+        while self.deferred and time.monotonic() < deadline:
+            block(self.core.reactor, Waiter(1), 0.005)
 
     def reply(self, link: Link, message: PushTask | PushActorTask, answer: Message, payload: bytes, held: bool) -> None:
         """Queues a reply; one that must wait for registrations is sent by `may_reply`."""

@@ -45,6 +45,7 @@ from ftray.wire.messages import (
 )
 from ftray.wire.reactor import Link
 from ftray.worker import waiting
+from ftray.worker.oom_retries import OomRetries
 from ftray.worker.peers import value_of
 
 if TYPE_CHECKING:
@@ -54,6 +55,8 @@ log = logging.getLogger("ftray.worker")
 
 INDEX0 = RETURN_INDEX[0]
 FLUSH_BYTES = 8192
+_ENDS = frozenset(("builtins.SystemExit", "ftray.exceptions.ActorExit"))
+"""What ends a worker from inside a task: never repeated."""
 FUNCTIONS = "functions"
 """The key-value namespace of exported functions and classes."""
 
@@ -90,6 +93,7 @@ class Submitter:
         """Tasks with dependencies that are not there yet."""
         self.infeasible_classes: dict[int, str] = {}
         self.exporting: dict[bytes, str] = {}
+        self.oom = OomRetries(core)
 
     # --- submission --------------------------------------------------------------------------------------------------
 
@@ -116,7 +120,12 @@ class Submitter:
         entries = core.entries
         task_id = task.task_id
         if not task.deps:
-            header = encode(PushTask(task_id, task.function.function_id, task.num_returns, 0, len(payload), (), ""))
+            function = task.function
+            header = encode(
+                PushTask(
+                    task_id, function.function_id, task.num_returns, 0, len(payload), (), "", 0, function.max_calls
+                )
+            )
             task.frame = PREFIX.pack(len(header), len(payload)) + header + payload
         with core.lock:
             if core.released:
@@ -219,9 +228,10 @@ class Submitter:
         else:
             header = encode(
                 PushTask(
-                    task.task_id, task.function.function_id, task.num_returns, task.attempt, len(task.args), tuple(deps)
+                    task.task_id, task.function.function_id, task.num_returns, task.attempt, len(task.args), tuple(deps),
+                    max_calls=task.function.max_calls,
                 )
-            )
+            )  # fmt: skip
         return PREFIX.pack(len(header), len(payload)) + header + payload
 
     def push(self) -> None:
@@ -275,7 +285,12 @@ class Submitter:
         if dispatcher.demands:
             for cls in dispatcher.demands.values():
                 cls.said = cls.want
-                raylet.send(LeaseDemand(cls.class_id, cls.want, None if cls.declared else cls.resources, cls.name))
+                raylet.send(
+                    LeaseDemand(
+                        cls.class_id, cls.want, None if cls.declared else cls.resources, cls.name,
+                        retriable=cls.retriable,
+                    )
+                )  # fmt: skip
                 cls.declared = True
             dispatcher.demands.clear()
         if raylet.link is not None and raylet.link.dirty:
@@ -362,12 +377,16 @@ class Submitter:
                         entry.waiters = None
                         for waiter in waiters:
                             waiter.ready(object_id, entry)
-                if task.holds:
+                if task.holds or task.attempt:
                     self.release(task)
             if dispatcher.pushes or dispatcher.returns:
                 self.after()
         elif isinstance(message, TaskReturns):
-            task = self.dispatcher.done(lease, message.task_id, message.work_us)
+            if message.exits:
+                self.channels.pop(lease.worker_id, None)
+                task = self.dispatcher.leaving(lease, message.task_id)
+            else:
+                task = self.dispatcher.done(lease, message.task_id, message.work_us)
             if task is not None:
                 self.finish(task, message, payload, lease.worker_id, lease.endpoint)
             self.after()
@@ -408,7 +427,7 @@ class Submitter:
         allowed = task.retry_exceptions
         if allowed is not True and allowed:
             allowed = any(name in allowed for name in message.mro)
-        if allowed and not message.exits and task.spend_retry():
+        if allowed and not (message.exits and _ENDS.intersection(message.mro)) and task.spend_retry():
             if task.actor is not None:
                 task.actor.queue.appendleft(task)
                 self.core.actors.pump(task.actor)
@@ -432,6 +451,8 @@ class Submitter:
         self.release(task)
 
     def release(self, task: TaskRecord) -> None:
+        if self.oom.spent:
+            self.oom.ended(task.task_id)
         if task.holds:
             holds, task.holds = task.holds, ()
             self.core.table.remove_submitted(holds)
@@ -458,7 +479,9 @@ class Submitter:
         again: list[TaskRecord] = []
         failing: list[TaskRecord] = []
         for index, task in enumerate(tasks):
-            if index == 0:
+            if index == 0 and lease.doomed:
+                self.oom.take(lease, task)
+            elif index == 0:
                 (again if task.spend_retry() else failing).append(task)
             else:
                 task.attempt += 1
@@ -513,6 +536,9 @@ class Submitter:
                     why = self.infeasible_classes.get(cls.class_id)
                     needs = ", ".join(f"{v:g} {k}" for k, v in cls.resources.items()) or "nothing"
                     return f"{task.function.name}, queued for a lease of {needs}" + (f" ({why})" if why else "")
+        task = self.oom.resting.get(task_id)
+        if task is not None:
+            return f"{task.function.name}, which rests after its worker was ended for want of memory"
         told = self.core.actors.describe(task_id)
         if told:
             return told

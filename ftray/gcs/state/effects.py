@@ -29,6 +29,8 @@ class StartActor(NamedTuple):
     class_name: str
     resources: dict[str, float]
     creation: bytes
+    restartable: bool = False
+    """Whether it will be started again if it dies."""
 
 
 class StopActor(NamedTuple):

@@ -268,6 +268,7 @@ class ActorManager:
                         actor.class_name,
                         actor.resources,
                         actor.creation,
+                        actor.max_restarts < 0 or actor.restarts < actor.max_restarts,
                     )
                 )
         else:
