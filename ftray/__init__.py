@@ -28,7 +28,10 @@ _WHERE = {
     "get": "ftray.api.objects",
     "put": "ftray.api.objects",
     "wait": "ftray.api.objects",
+    "cancel": "ftray.api.cancel",
     "ObjectRef": "ftray.worker.refs",
+    "ObjectRefGenerator": "ftray.api.generators",
+    "DynamicObjectRefGenerator": "ftray.api.generators",
     "method": "ftray.api.actor",
     "get_actor": "ftray.api.actor",
     "list_named_actors": "ftray.api.actor",
@@ -39,8 +42,9 @@ _WHERE = {
     "nodes": "ftray.api.context",
     "cluster_resources": "ftray.api.context",
     "available_resources": "ftray.api.context",
+    "timeline": "ftray.api.timeline",
 }
-_MODULES = ("exceptions", "actor", "runtime_context")
+_MODULES = ("exceptions", "actor", "runtime_context", "util")
 
 __all__ = ["__version__", *_WHERE]
 
@@ -79,6 +83,7 @@ if TYPE_CHECKING:
     from ftray.api.actor import (
         method as method,
     )
+    from ftray.api.cancel import cancel as cancel
     from ftray.api.context import (
         available_resources as available_resources,
     )
@@ -91,6 +96,8 @@ if TYPE_CHECKING:
     from ftray.api.context import (
         nodes as nodes,
     )
+    from ftray.api.generators import DynamicObjectRefGenerator as DynamicObjectRefGenerator
+    from ftray.api.generators import ObjectRefGenerator as ObjectRefGenerator
     from ftray.api.lifecycle import init as init
     from ftray.api.lifecycle import is_initialized as is_initialized
     from ftray.api.lifecycle import shutdown as shutdown
@@ -98,4 +105,5 @@ if TYPE_CHECKING:
     from ftray.api.objects import put as put
     from ftray.api.objects import wait as wait
     from ftray.api.remote_function import remote as remote
+    from ftray.api.timeline import timeline as timeline
     from ftray.worker.refs import ObjectRef as ObjectRef

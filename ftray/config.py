@@ -67,10 +67,28 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     """Over this share of the memory's limit the monitor ends a worker."""
     memory_limit_bytes: int = 0
     """A limit for the private memory of all workers of a node together; 0 leaves the machine's (or the control group's)."""
+    record_call_sites: int = 0
+    """1: remember where each object was made, for `ftray memory` (costs 1 us a call)."""
+    task_events_max: int = 10_000
+    """What each worker remembers of the tasks it has run, for `ftray timeline`; 0 is nothing."""
+    generator_ahead_max: int = 1_000
+    """Items of a generator task that may wait unread, unless the task says otherwise."""
+    generator_ahead_bytes_max: int = 16 << 20
+    """A generator waits while its unread items have this many bytes, however few they are."""
     wait_warning_ms: int = 60_000
     """A `get` that has waited this long says in a warning what it waits for."""
     value_bytes_max: int = 64 << 20
     """The largest value in the GCS key-value table (exported functions included)."""
+    package_bytes_max: int = 100 << 20
+    """The largest folder or file of a runtime environment, unpacked."""
+    environment_bytes_max: int = 10 << 30
+    """Packages of runtime environments that nothing uses are removed from a node when all take more than this."""
+    spill_threshold_percent: float = 80.0
+    """Above this share of the object store, objects that nobody looks into are written to disk ahead of need."""
+    spill_bytes_max: int = 0
+    """The most bytes of spilled objects on a node's disk; 0 is as many as there is room for."""
+    store_room_wait_ms: int = 10_000
+    """How long `put` and results wait for room in the object store while none can be made."""
 
 
 def config_from(environ: Mapping[str, str], overrides: Mapping[str, object] | None = None) -> Config:

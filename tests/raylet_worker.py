@@ -117,6 +117,8 @@ class FakeWorker:
                 self.push(link, message, bytes(payload))
         elif isinstance(message, m.WorkerAssigned):
             self.assigned = message
+            if message.environment:
+                raylet.send(m.EnvironmentReady("as the test wants it" if "FAKE" in message.environment else ""))
             for task in self.early:
                 self.push(*task)
             self.early.clear()
@@ -146,6 +148,14 @@ class FakeWorker:
         elif what == b"job":
             assert self.assigned is not None
             link.send(m.TaskDone(message.task_id, 1), self.assigned.job_id + self.assigned.cwd.encode())
+        elif what == b"environment":
+            assert self.assigned is not None
+            link.send(m.TaskDone(message.task_id, 1), self.assigned.environment.encode())
+        elif what == b"cpus":
+            assert self.assigned is not None
+            link.send(m.TaskDone(message.task_id, 1), str(self.assigned.num_cpus).encode())
+        elif what == b"ready again":
+            raylet.send(m.EnvironmentReady())
         elif what == b"print":
             os.write(1, b"\x01ftray-task:" + message.name.encode() + b"\n" + payload)
             link.send(m.TaskDone(message.task_id, 1))

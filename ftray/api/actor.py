@@ -1,27 +1,45 @@
 """Actors: remote classes, handles, methods.
 
-Role: shell. A handle is a counted reference to the actor's handle object (return 0 of its creation) with the names of
-the methods; pickling it pickles that reference, so that handles are counted wherever they go.
+Role: shell. A handle is a counted reference to the actor's handle object (return 0 of its creation) with what has to be
+known of the actor (`actor_facts.py`); pickling it pickles that reference, so that handles are counted wherever they go.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
 import msgspec
 
+from ftray.api.actor_facts import (
+    HandleFacts,
+    MethodFacts,
+    NamedFacts,
+    check_groups,
+    has_coroutines,
+    method_table,
+    out_of_order,
+    unknown_group,
+)
 from ftray.api.arguments import pack
-from ftray.api.options import ACTOR_OPTIONS, METHOD_OPTIONS, check_options, exception_names, resource_needs
-from ftray.exceptions import ActorDiedError
+from ftray.api.generators import returned
+from ftray.api.options import (
+    ACTOR_OPTIONS,
+    METHOD_OPTIONS,
+    check_options,
+    exception_names,
+    items_ahead,
+    resource_needs,
+    return_count,
+)
+from ftray.exceptions import ActorDiedError, ActorExit
 from ftray.gcs.state.commands import KvPut, RegisterActor
 from ftray.gcs.state.tables import ActorRecord, ActorState
 from ftray.ids import return_id
 from ftray.ownership.calls import ActorCalls
 from ftray.ownership.tasks import FunctionInfo, TaskRecord
 from ftray.wire.messages import ActorCreation
-from ftray.worker.actors import NONE_PICKLED
+from ftray.worker.actor_creation import NONE_PICKLED
 from ftray.worker.core import Core, core_or_none, current_task, get_core
 from ftray.worker.gcs_access import HANDLES
 from ftray.worker.objects import Answer
@@ -29,9 +47,6 @@ from ftray.worker.refs import ObjectRef, check_current
 from ftray.worker.serialization import serialize_function
 from ftray.worker.submit import INDEX0
 from ftray.worker.waiting import INLINE, block
-
-MethodTable = dict[str, int]
-"""Method name -> num_returns."""
 
 
 def method(**options: Any) -> Callable[[Any], Any]:
@@ -45,23 +60,6 @@ def method(**options: Any) -> Callable[[Any], Any]:
     return mark
 
 
-def method_table(cls: type) -> MethodTable:
-    """The methods of a class, inherited ones included."""
-    table = {"__ftray_ready__": 1}
-    for name, member in inspect.getmembers(cls, callable):
-        if not (name.startswith("__") and name.endswith("__")) or name == "__call__":
-            table[name] = getattr(member, "__ftray_method_options__", {}).get("num_returns", 1)
-    return table
-
-
-class HandleFacts(msgspec.Struct, array_like=True):
-    """What a handle made from an actor's name has to know; kept in the GCS for named actors."""
-
-    owner_endpoint: str
-    methods: MethodTable
-    max_task_retries: int
-
-
 class ActorClass:
     """A class whose instances live in workers of their own: `Class.remote(...)` makes one and returns its handle."""
 
@@ -72,8 +70,22 @@ class ActorClass:
         self.__name__ = cls.__name__
         self.__module__ = cls.__module__
         check_options(options, ACTOR_OPTIONS, f"the remote class {cls.__name__}")
+        if options.get("get_if_exists") and not options.get("name"):
+            raise ValueError(f"get_if_exists=True of the remote class {cls.__name__} needs a name by which to look")
         self._needs = resource_needs(options, 0.0)
-        self._methods = method_table(cls)
+        self._asynchronous = has_coroutines(cls)
+        self._groups: dict[str, int] = dict(options.get("concurrency_groups") or {})
+        pending_max = options.get("max_pending_calls")
+        self._facts = HandleFacts(
+            class_name=cls.__name__,
+            methods=method_table(cls),
+            max_task_retries=options.get("max_task_retries") or 0,
+            max_pending_calls=-1 if pending_max is None else pending_max,
+            groups=tuple(self._groups),
+            out_of_order=out_of_order(options, self._asynchronous, cls.__name__),
+        )
+        if self._groups:
+            check_groups(cls.__name__, self._facts.methods, self._groups)
         self._shared: dict[Any, Any] = {} if shared is None else shared
 
     def __mro_entries__(self, bases: tuple[Any, ...]) -> tuple[type, ...]:
@@ -91,94 +103,156 @@ class ActorClass:
     def remote(self, *args: Any, **kwargs: Any) -> ActorHandle:
         """Makes an actor; returns at once. A constructor that raises shows at the first `get` on a call.
 
-        Raises ValueError when the name is taken, SerializationError naming the argument, NotInitializedError.
+        Raises ValueError when the name is taken or a method names a concurrency group that there is not,
+        SerializationError naming the argument, NotInitializedError.
         """
         core = get_core()
         options = self._options
-        name = self._cls.__name__
+        facts = self._facts
+        check_groups(facts.class_name, facts.methods, self._groups)
+        info = self._exported(core)
+        packed, deps, holds, kept = pack(core, args, kwargs)
+        context = core.context()
+        name = options.get("name") or ""
+        namespace = options.get("namespace") or core.namespace
+        while True:
+            actor_id = context.prefix + context.counter().to_bytes(4, "little")
+            creation, register = self._specs(core, actor_id, info, packed)
+            if name:
+                named = msgspec.msgpack.encode(NamedFacts(core.endpoint, facts))
+                with core.lock:
+                    core.gcs.command(KvPut(HANDLES, actor_id, named), lambda result: None)
+            made = core.actors.creation.create(creation, register, deps, holds, wait=bool(name))
+            handle_ref: ObjectRef[Any] = ObjectRef(actor_id + INDEX0, core)
+            if made == actor_id:
+                break
+            with core.lock:
+                core.actors.creation.not_made(actor_id)
+                core.settle()
+            found = _find(core, name, namespace)
+            if found is not None:
+                return found
+            # The actor that had the name has ended in between: once more, and this time it may be made here.
+        if kept:
+            kept.clear()
+        return ActorHandle(handle_ref, facts)
+
+    def _exported(self, core: Core) -> FunctionInfo:
         info: FunctionInfo | None = self._shared.get(core.worker_id)
         if info is None:
             data, class_id = serialize_function(self._cls)
-            info = FunctionInfo(class_id, name)
+            info = FunctionInfo(class_id, self._cls.__name__)
             core.submitter.export(info, data)
             self._shared.clear()
             self._shared[core.worker_id] = info
-        context = core.context()
-        packed, deps, holds, kept = pack(core, args, kwargs)
-        actor_id = context.prefix + context.counter().to_bytes(4, "little")
-        asynchronous = _has_coroutines(self._cls)
+        return info
+
+    def _specs(
+        self, core: Core, actor_id: bytes, info: FunctionInfo, packed: bytes
+    ) -> tuple[ActorCreation, RegisterActor]:
+        options = self._options
+        facts = self._facts
         concurrency = options.get("max_concurrency")
         detached = options.get("lifetime") == "detached"
-        loop = (options.get("event_loop") or "asyncio") if asynchronous else ""
-        task_retries = options.get("max_task_retries") or 0
-        actor_name = options.get("name") or ""
-        namespace = options.get("namespace") or core.namespace
+        max_restarts = options.get("max_restarts") or 0
+        name = options.get("name") or ""
+        environment = core.environment
+        if options.get("runtime_env"):
+            from ftray.api.packaging import environment_of
+
+            environment = environment_of(core, options["runtime_env"])
         creation = ActorCreation(
             task_id=actor_id,
             class_id=info.function_id,
-            class_name=name,
+            class_name=facts.class_name,
             args=packed,
             deps=(),
             inline=(),
-            max_concurrency=(1000 if asynchronous else 1) if concurrency is None else concurrency,
-            max_task_retries=task_retries,
-            asynchronous=loop,
+            max_concurrency=(1000 if self._asynchronous else 1) if concurrency is None else concurrency,
+            max_task_retries=facts.max_task_retries,
+            asynchronous=(options.get("event_loop") or "asyncio") if self._asynchronous else "",
             owner=core.worker_id,
             owner_endpoint=core.endpoint,
-            max_restarts=options.get("max_restarts") or 0,
-            name=actor_name,
+            max_restarts=max_restarts,
+            name=name,
+            concurrency_groups=self._groups,
+            out_of_order=facts.out_of_order,
+            environment=environment,
         )
         register = RegisterActor(
             actor_id=actor_id,
             job_id=core.job_id,
             owner_worker_id=None if detached else core.worker_id,
             owner_node_id=core.node_id,
-            class_name=name,
-            name=actor_name,
-            namespace=namespace,
-            max_restarts=options.get("max_restarts") or 0,
+            class_name=facts.class_name,
+            name=name,
+            namespace=options.get("namespace") or core.namespace,
+            max_restarts=max_restarts,
             detached=detached,
             resources=self._needs,
             get_if_exists=bool(options.get("get_if_exists")),
         )
-        if actor_name:
-            facts = msgspec.msgpack.encode(HandleFacts(core.endpoint, self._methods, task_retries))
-            with core.lock:
-                core.gcs.command(KvPut(HANDLES, actor_id, facts), lambda result: None)
-        made = core.actors.create(creation, register, deps, holds, wait=bool(actor_name))
-        if kept:
-            kept.clear()
-        handle_ref: ObjectRef[Any] = ObjectRef(actor_id + INDEX0, core)
-        if made != actor_id:
-            with core.lock:
-                core.actors.not_made(actor_id)
-            return get_actor(actor_name, namespace)
-        return ActorHandle(handle_ref, name, self._methods, task_retries)
+        return creation, register
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ActorClass, (self._cls, self._options)
+        options = self._options
+        if options.get("runtime_env"):
+            from ftray.api.packaging import portable
+
+            options = portable(options, core_or_none())
+        return ActorClass, (self._cls, options)
 
     def __repr__(self) -> str:
         return f"<remote class {self._cls.__qualname__}>"
 
 
-def _has_coroutines(cls: type) -> bool:
-    return any(inspect.iscoroutinefunction(member) for _, member in inspect.getmembers(cls, callable))
+class _Method:
+    """One method of one actor with the options of its calls: what `ActorMethod` objects share."""
+
+    __slots__ = ("ahead_max", "group", "info", "name", "num_returns", "retries", "retry_exceptions")
+
+    def __init__(self, name: str, facts: MethodFacts, of: HandleFacts, core: Core) -> None:
+        self.name = name
+        self.info = FunctionInfo(b"", facts.name or f"{of.class_name}.{name}")
+        self.num_returns = facts.num_returns
+        self.retries = of.max_task_retries if facts.max_task_retries is None else facts.max_task_retries
+        self.retry_exceptions: Any = facts.retry_exceptions
+        self.group = facts.group
+        self.ahead_max = core.config.generator_ahead_max if facts.ahead_max is None else facts.ahead_max
+
+    def with_options(self, options: dict[str, Any]) -> _Method:
+        """The same with some options replaced."""
+        new = _Method.__new__(_Method)
+        new.name = self.name
+        new.info = FunctionInfo(b"", options["name"]) if options.get("name") else self.info
+        count = options.get("num_returns")
+        new.num_returns = self.num_returns if count is None else return_count(options, None)
+        retries = options.get("max_task_retries")
+        new.retries = self.retries if retries is None else retries
+        new.retry_exceptions = self.retry_exceptions
+        if "retry_exceptions" in options:
+            new.retry_exceptions = exception_names(options["retry_exceptions"])
+        new.group = options.get("concurrency_group") or self.group
+        new.ahead_max = items_ahead(options, self.ahead_max)
+        return new
 
 
 class ActorHandle:
     """A way to an actor: `handle.method.remote(...)`. May be passed to tasks and other actors."""
 
-    def __init__(self, ref: ObjectRef[Any], class_name: str, methods: MethodTable, max_task_retries: int) -> None:
+    _ftray_methods: dict[str, _Method] = {}
+    """Methods that have been called; of the class only for a handle that was made without `__init__`."""
+
+    def __init__(self, ref: ObjectRef[Any], facts: HandleFacts) -> None:
         self._ftray_ref = ref
-        self._ftray_class_name = class_name
-        self._ftray_methods = methods
-        self._ftray_retries = max_task_retries
+        self._ftray_facts = facts
         core = ref._core
         self._ftray_core = core
-        self._ftray_infos: dict[str, FunctionInfo] = {}
+        self._ftray_methods = {}
         with core.lock:
-            self._ftray_calls: ActorCalls = core.actors.watch(ref._id[:16], class_name)
+            self._ftray_calls: ActorCalls = core.actors.watch(ref._id[:16], facts.class_name)
+            self._ftray_calls.out_of_order = facts.out_of_order
+            self._ftray_calls.pending_max = facts.max_pending_calls
             core.settle()
 
     @property
@@ -186,20 +260,28 @@ class ActorHandle:
         return self._ftray_ref._id[:16].hex()
 
     def __getattr__(self, name: str) -> ActorMethod:
+        found = self._ftray_methods.get(name)
+        if found is not None:
+            return ActorMethod(self, found)
         if name.startswith("_ftray"):
             raise AttributeError(name)
-        num_returns = self._ftray_methods.get(name)
-        if num_returns is None:
-            raise AttributeError(f"actor {self._ftray_class_name} has no method {name!r}")
-        return ActorMethod(self, name, num_returns, self._ftray_retries, False)
+        facts = self._ftray_facts.methods.get(name)
+        if facts is None:
+            raise AttributeError(f"actor {self._ftray_facts.class_name} has no method {name!r}")
+        found = self._ftray_methods[name] = _Method(name, facts, self._ftray_facts, self._ftray_core)
+        return ActorMethod(self, found)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *self._ftray_facts.methods})
 
     def __ftray_ready__(self) -> ObjectRef[Any]:
         """A reference that is ready once the actor is alive, or failed when it cannot be."""
-        ref: ObjectRef[Any] = ActorMethod(self, "__ftray_ready__", 1, self._ftray_retries, False).remote()
+        found = _Method("__ftray_ready__", MethodFacts(), self._ftray_facts, self._ftray_core)
+        ref: ObjectRef[Any] = ActorMethod(self, found).remote()
         return ref
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ActorHandle, (self._ftray_ref, self._ftray_class_name, self._ftray_methods, self._ftray_retries)
+        return _load_handle, (self._ftray_ref, msgspec.msgpack.encode(self._ftray_facts))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ActorHandle) and other._ftray_ref._id[:16] == self._ftray_ref._id[:16]
@@ -208,56 +290,58 @@ class ActorHandle:
         return hash(self._ftray_ref._id[:16])
 
     def __repr__(self) -> str:
-        return f"Actor({self._ftray_class_name}, {self._actor_id})"
+        return f"Actor({self._ftray_facts.class_name}, {self._actor_id})"
+
+
+def _load_handle(ref: ObjectRef[Any], facts: bytes) -> ActorHandle:
+    return ActorHandle(ref, msgspec.msgpack.decode(facts, type=HandleFacts))
 
 
 class ActorMethod:
     """One method of one actor."""
 
-    __slots__ = ("_handle", "_name", "_num_returns", "_retries", "_retry_exceptions")
+    __slots__ = ("_handle", "_method")
 
-    def __init__(self, handle: ActorHandle, name: str, num_returns: int, retries: int, retry_exceptions: Any) -> None:
+    def __init__(self, handle: ActorHandle, method: _Method) -> None:
         self._handle = handle
-        self._name = name
-        self._num_returns = num_returns
-        self._retries = retries
-        self._retry_exceptions = retry_exceptions
+        self._method = method
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        raise TypeError(f"actor methods are not called directly: use {self._name}.remote(...)")
+        raise TypeError(f"actor methods are not called directly: use {self._method.name}.remote(...)")
 
     def options(self, **options: Any) -> ActorMethod:
-        """The same method with other options. Raises TypeError or ValueError."""
-        check_options(options, METHOD_OPTIONS, f"the method {self._name}")
-        return ActorMethod(
-            self._handle,
-            self._name,
-            options.get("num_returns", self._num_returns),
-            options.get("max_task_retries", self._retries),
-            exception_names(options["retry_exceptions"]) if "retry_exceptions" in options else self._retry_exceptions,
-        )
+        """The same method with other options. Raises TypeError, or ValueError (also for an unknown group)."""
+        check_options(options, METHOD_OPTIONS, f"the method {self._method.name}")
+        facts = self._handle._ftray_facts
+        group = options.get("concurrency_group")
+        if group is not None and group not in facts.groups:
+            raise unknown_group(group, f"{facts.class_name}.{self._method.name}", facts.groups)
+        return ActorMethod(self._handle, self._method.with_options(options))
 
     def remote(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls the method; returns its ObjectRef (a list for `num_returns` over 1).
+        """Calls the method; returns its ObjectRef (a list for `num_returns` over 1, an ObjectRefGenerator for a
+        generator).
 
-        Raises NotInitializedError, ForeignRefError, SerializationError naming the argument.
+        Raises NotInitializedError, ForeignRefError, PendingCallsLimitExceeded, SerializationError naming the argument.
         """
         handle = self._handle
         core: Core = handle._ftray_core
         if core is not core_or_none():
             check_current(handle._ftray_ref)
-        name = self._name
-        info = handle._ftray_infos.get(name)
-        if info is None:
-            info = handle._ftray_infos[name] = FunctionInfo(b"", f"{handle._ftray_class_name}.{name}")
+        method = self._method
         context = current_task.get() or core.root_context
         data, deps, holds, kept = pack(core, args, kwargs)
-        count = self._num_returns
+        count = method.num_returns
         task_id = context.prefix + context.counter().to_bytes(4, "little")
         task = TaskRecord(
-            task_id, info, count, self._retries, self._retry_exceptions, (*holds, handle._ftray_ref._id), b"", deps
-        )
-        task.method = name
+            task_id, method.info, count, method.retries, method.retry_exceptions, (*holds, handle._ftray_ref._id),
+            b"", deps,
+        )  # fmt: skip
+        task.method = method.name
+        if method.group:
+            task.group = method.group
+        if count < 0:
+            task.ahead_max = method.ahead_max
         core.actors.submit(handle._ftray_calls, task, data)
         if kept:
             kept.clear()
@@ -265,6 +349,8 @@ class ActorMethod:
             return ObjectRef(task_id + INDEX0, core)
         if count == 0:
             return None
+        if count < 0:
+            return returned(core, task_id, count)
         return [ObjectRef(return_id(task_id, index), core) for index in range(count)]
 
 
@@ -274,21 +360,29 @@ def get_actor(name: str, namespace: str | None = None) -> ActorHandle:
     if not isinstance(name, str) or not name:
         raise ValueError("get_actor takes the name of an actor")
     wanted = core.namespace if namespace is None else namespace
+    found = _find(core, name, wanted)
+    if found is None:
+        raise ValueError(f"no live actor is named {name!r} in namespace {wanted!r}")
+    return found
+
+
+def _find(core: Core, name: str, namespace: str) -> ActorHandle | None:
+    """The live actor of that name; None also when it has just ended."""
     for record in _actor_records(core):
-        if record.name == name and record.namespace == wanted and record.state != ActorState.DEAD:
+        if record.name == name and record.namespace == namespace and record.state != ActorState.DEAD:
             return _handle_of(core, record)
-    raise ValueError(f"no live actor is named {name!r} in namespace {wanted!r}")
+    return None
 
 
-def _handle_of(core: Core, record: ActorRecord) -> ActorHandle:
+def _handle_of(core: Core, record: ActorRecord) -> ActorHandle | None:
     answer = Answer()
     with core.lock:
         core.gcs.read_kv(HANDLES, record.actor_id, answer.give)
         core.settle()
     block(core.reactor, answer.waiter, None)
     if answer.message is None:
-        raise ValueError(f"actor {record.name!r} has just ended")
-    facts = msgspec.msgpack.decode(answer.message, type=HandleFacts)
+        return None
+    named = msgspec.msgpack.decode(answer.message, type=NamedFacts)
     object_id = record.actor_id + INDEX0
     with core.lock:
         if record.owner_worker_id is None or record.owner_worker_id == core.worker_id:
@@ -296,10 +390,10 @@ def _handle_of(core: Core, record: ActorRecord) -> ActorHandle:
             entry.state = INLINE
             entry.value = NONE_PICKLED
         else:
-            core.table.add_borrowed(object_id, record.owner_worker_id, facts.owner_endpoint).local += 1
+            core.table.add_borrowed(object_id, record.owner_worker_id, named.owner_endpoint).local += 1
             core.table.register(object_id)
         core.settle()
-    return ActorHandle(ObjectRef(object_id, core), record.class_name, facts.methods, facts.max_task_retries)
+    return ActorHandle(ObjectRef(object_id, core), named.facts)
 
 
 def list_named_actors(all_namespaces: bool = False) -> list[Any]:
@@ -335,10 +429,13 @@ def kill(actor: ActorHandle, *, no_restart: bool = True) -> None:
 
 
 def exit_actor() -> None:
-    """Ends the actor that calls this, after the present call. It is not restarted. Raises RuntimeError elsewhere."""
-    from ftray.exceptions import ActorExit
+    """Ends the actor that calls this, now: what it has not answered fails with ActorDiedError. It is not restarted.
 
-    core = get_core()
-    if core.executor is None or core.executor.actor is None:
+    In an async actor any coroutine may call it, also one that no call waits for. Raises RuntimeError outside of actors.
+    """
+    executor = get_core().executor
+    if executor is None or executor.actor is None:
         raise RuntimeError("exit_actor is for methods of actors")
+    executor.exiting = executor.exiting or "exit_actor was called"
+    executor.wake()
     raise ActorExit

@@ -9,6 +9,7 @@ import json
 from typing import Any
 
 from ftray.exceptions import FtrayError
+from ftray.runtime_env import RuntimeEnv, decode
 from ftray.wire.handshake import ROLE_TOOL
 from ftray.wire.messages import Message, ToolQuery, ToolReply
 from ftray.wire.reactor import Link
@@ -57,6 +58,16 @@ class RuntimeContext:
     @property
     def namespace(self) -> str:
         return self._core.namespace
+
+    @property
+    def runtime_env(self) -> RuntimeEnv:
+        """The runtime environment of this task, actor or driver as its children inherit it: local paths have become
+        packages of the cluster. Of a driver it is the job's, which the driver itself does not run in."""
+        return decode(self._core.environment)
+
+    def get_runtime_env_string(self) -> str:
+        """The same as JSON."""
+        return self._core.environment or "{}"
 
     @property
     def gcs_address(self) -> str:

@@ -15,6 +15,7 @@ from ftray.api.output import OutputPrinter
 from ftray.config import Config
 from ftray.exceptions import FtrayError
 from ftray.ids import driver_prefix
+from ftray.runtime_env import THREAD_VARIABLES, decode
 from ftray.store.arena import Arena
 from ftray.wire.handshake import ROLE_PEER
 from ftray.wire.messages import RegisterClient, Unregister
@@ -31,11 +32,17 @@ LAST_OUTPUT_TIMEOUT_S = 0.5
 
 
 def join(
-    info: Mapping[str, Any], namespace: str, log_to_driver: bool, timeout_s: float
+    info: Mapping[str, Any],
+    namespace: str,
+    log_to_driver: bool,
+    timeout_s: float,
+    runtime_env: Mapping[str, Any] | None = None,
+    own_node: bool = True,
 ) -> tuple[Core, OutputPrinter | None]:
     """Connects to the node that `info` describes; this process is its driver from then on.
 
-    Raises AuthenticationError, ClusterNotFoundError, FtrayError.
+    `own_node` says that this process has started the node, which has inherited its environment variables. Raises
+    AuthenticationError, ClusterNotFoundError, FtrayError, and for `runtime_env` as `packaging.pack_environment` does.
     """
     worker_id = os.urandom(16)
     session_dir: str = info["session_dir"]
@@ -78,7 +85,8 @@ def join(
         _unlink(endpoint)
         raise
     if answer.payload is not None:
-        core.config = core.reactor.config = answer.payload
+        core.reactor.config = answer.payload
+        core.adopt_config(answer.payload)
     core.node_id = registered.node_id
     core.job_id = registered.job_id
     core.namespace = registered.namespace or namespace
@@ -89,7 +97,27 @@ def join(
     inheritance.install()
     interrupts.install()
     core.start_loop()
+    if not own_node:
+        runtime_env = _with_thread_counts(runtime_env)
+    if runtime_env:
+        from ftray.api.packaging import environment_of
+
+        try:
+            core.environment = environment_of(core, runtime_env)
+            if core.environment and decode(core.environment).get("config", {}).get("eager_install", True):
+                core.submitter.prepare(core.environment)
+        except BaseException:
+            leave(core)
+            raise
     return core, printer
+
+
+def _with_thread_counts(runtime_env: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """The job's environment, with what this process's says of thread counts: a node that runs already can't know."""
+    said = {name: os.environ[name] for name in THREAD_VARIABLES if name in os.environ}
+    if not said:
+        return runtime_env
+    return {**(runtime_env or {}), "env_vars": {**said, **((runtime_env or {}).get("env_vars") or {})}}
 
 
 def leave(core: Core) -> None:

@@ -88,15 +88,20 @@ def init(
     files.
 
     `logging_level` is that of the logger "ftray" in this process. Options of Ray's that concern its dashboard and log
-    formats (`include_dashboard`, `dashboard_port`, ...) are accepted and change nothing; `runtime_env` is refused,
-    since this version has none.
+    formats (`include_dashboard`, `dashboard_port`, ...) are accepted and change nothing.
+
+    `runtime_env` (a dict or an `ftray.runtime_env.RuntimeEnv`) is the environment of all tasks and actors of this
+    program: variables, files, modules, a hook.
 
     Returns a `Session`, usable as a context manager. Raises AlreadyInitializedError (unless `ignore_reinit_error`),
     ClusterNotFoundError when there is nothing to join, AuthenticationError for a wrong token, ValueError or TypeError
-    for wrong arguments, FtrayError when the node cannot start.
+    for wrong arguments, RuntimeEnvSetupError for a runtime_env that can't be packed or is not available in this version,
+    FtrayError when the node cannot start.
     """
     global _session, _registered_at_fork
-    _check_others(others, runtime_env)
+    _check_others(others)
+    if runtime_env:
+        runtime_env = _checked(runtime_env)
     if logging_level is not None:
         log.setLevel(logging_level)
     if _session is not None:
@@ -135,7 +140,9 @@ def init(
         from ftray.api.joining import join
 
         info = node.ready() if node is not None else _find(str(address))
-        core, printer = join(info, namespace or "", log_to_driver, REGISTER_TIMEOUT_S)
+        core, printer = join(
+            info, namespace or "", log_to_driver, REGISTER_TIMEOUT_S, runtime_env, own_node=node is not None
+        )
     except BaseException:
         if node is not None:
             node.stop()
@@ -170,7 +177,17 @@ WITHOUT_EFFECT = frozenset(
 """Options of Ray's `init` that a program may go on passing."""
 
 
-def _check_others(others: Mapping[str, Any], runtime_env: Mapping[str, Any] | None) -> None:
+def _checked(runtime_env: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What is wrong with the environment of the job is said before a node is started."""
+    from ftray.api.packaging import check_paths
+    from ftray.runtime_env import RuntimeEnv
+
+    env = RuntimeEnv.of(runtime_env)
+    check_paths(env)
+    return env
+
+
+def _check_others(others: Mapping[str, Any]) -> None:
     unknown = sorted(set(others) - WITHOUT_EFFECT)
     if unknown:
         from difflib import get_close_matches
@@ -179,8 +196,6 @@ def _check_others(others: Mapping[str, Any], runtime_env: Mapping[str, Any] | No
         near = get_close_matches(unknown[0], known, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise TypeError(f"ftray.init() has no option {unknown[0]!r}{hint}")
-    if runtime_env:
-        raise TypeError("runtime_env is not available in this version of ftray: prepare the environment before init()")
 
 
 def _check_new_node(new_node: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any, TypeVar, overload
 
 from ftray.api.actor import ActorHandle
+from ftray.api.generators import ObjectRefGenerator, wait_mixed
 from ftray.worker.core import get_core
 from ftray.worker.refs import ObjectRef, check_current
 from ftray.worker.serialization import serialize
@@ -48,19 +49,33 @@ def get(refs: Any, *, timeout: float | None = None) -> Any:
     return core.objects.get(checked, timeout)
 
 
+@overload
 def wait(
     refs: Sequence[ObjectRef[Any]], *, num_returns: int = 1, timeout: float | None = None, fetch_local: bool = True
-) -> tuple[list[ObjectRef[Any]], list[ObjectRef[Any]]]:
+) -> tuple[list[ObjectRef[Any]], list[ObjectRef[Any]]]: ...
+@overload
+def wait(
+    refs: Sequence[ObjectRef[Any] | ObjectRefGenerator[Any]],
+    *,
+    num_returns: int = 1,
+    timeout: float | None = None,
+    fetch_local: bool = True,
+) -> tuple[list[Any], list[Any]]: ...
+def wait(
+    refs: Sequence[Any], *, num_returns: int = 1, timeout: float | None = None, fetch_local: bool = True
+) -> tuple[list[Any], list[Any]]:
     """Waits until `num_returns` of the references are ready, or `timeout` seconds have passed.
 
-    Returns (ready, not ready), both in the order given; `ready` has at most `num_returns`. An error counts as ready.
+    Returns (ready, not ready), both in the order given; `ready` has at most `num_returns`. An error counts as ready. A
+    generator among the references is ready when its next one is there, or its end.
     Raises TypeError for what is not a list of references, ValueError for duplicates or a `num_returns` out of range.
     """
     core = get_core()
     check_timeout(timeout)
     if isinstance(refs, ObjectRef):
         raise TypeError("ftray.wait takes a list of references: use ftray.wait([ref])")
-    checked = check_refs(refs, "wait")
+    generators: list[Any] = []
+    checked = check_refs(refs, "wait", generators)
     if not checked:
         return [], []
     if isinstance(num_returns, bool) or not isinstance(num_returns, int):
@@ -69,6 +84,8 @@ def wait(
         raise ValueError(f"num_returns must be from 1 to the number of references ({len(checked)}), not {num_returns}")
     if len({ref._id for ref in checked}) != len(checked):
         raise ValueError("ftray.wait takes each reference once; the list has duplicates")
+    if generators:
+        return wait_mixed(core, checked, num_returns, timeout)
     return core.objects.wait(checked, num_returns, timeout)
 
 
@@ -82,8 +99,13 @@ def check_timeout(timeout: float | None) -> None:
         raise ValueError(f"timeout must not be negative, but is {timeout}")
 
 
-def check_refs(refs: Any, call: str) -> list[ObjectRef[Any]]:
-    """The references as a list. Raises TypeError naming what is none."""
+def check_refs(refs: Any, call: str, generators: list[Any] | None = None) -> list[Any]:
+    """The references as a list. Raises TypeError naming what is none.
+
+    With `generators` those among them are allowed, and added to it.
+    """
+    if isinstance(refs, ObjectRefGenerator):
+        raise TypeError(_no_generator(call))
     if isinstance(refs, ActorHandle):
         raise TypeError(f"ftray.{call} takes references; an actor handle has none: {call} what a method call returned")
     if isinstance(refs, str | bytes) or not isinstance(refs, list | tuple):
@@ -91,7 +113,22 @@ def check_refs(refs: Any, call: str) -> list[ObjectRef[Any]]:
     core = get_core()
     for index, ref in enumerate(refs):
         if not isinstance(ref, ObjectRef):
+            if isinstance(ref, ObjectRefGenerator):
+                if generators is None:
+                    raise TypeError(_no_generator(call))
+                check_current(ref._generator_ref)
+                generators.append(ref)
+                continue
             raise TypeError(f"ftray.{call} takes ObjectRefs, but item {index} is {type(ref).__name__}: {ref!r:.80}")
         if ref._core is not core:
             check_current(ref)
     return list(refs)
+
+
+def _no_generator(call: str) -> str:
+    if call == "wait":
+        return "ftray.wait takes a list: use ftray.wait([generator])"
+    return (
+        f"ftray.{call} takes references, not an ObjectRefGenerator: iterate over it and {call} each reference that it "
+        "gives, or get completed() to wait for its end"
+    )

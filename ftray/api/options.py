@@ -5,15 +5,25 @@ Role: pure checks. A wrong option is an error at the decorator or at `.options()
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any
 
+from ftray.runtime_env import RuntimeEnv
 from ftray.scheduling.resources import parse_resources
+from ftray.wire.messages import DYNAMIC, STREAMING
+
+RETURN_WORDS = {"streaming": STREAMING, "dynamic": DYNAMIC}
+NO_BOUND = -1
+_BOUNDED = -3
+"""`method_code` of a streaming method without a bound; below are those with one."""
 
 RESOURCE_OPTIONS = ("num_cpus", "num_gpus", "memory", "resources")
-COMMON = (*RESOURCE_OPTIONS, "name")
-TASK_OPTIONS = frozenset((*COMMON, "num_returns", "max_calls", "max_retries", "retry_exceptions"))
+COMMON = (*RESOURCE_OPTIONS, "name", "runtime_env")
+AHEAD_OPTIONS = ("generator_backpressure_num_objects", "_generator_backpressure_num_objects")
+"""Two names of one option: how many items of a streaming task may wait unread."""
+TASK_OPTIONS = frozenset((*COMMON, "num_returns", "max_calls", "max_retries", "retry_exceptions", *AHEAD_OPTIONS))
 ACTOR_OPTIONS = frozenset(
     (
         *COMMON,
@@ -24,13 +34,17 @@ ACTOR_OPTIONS = frozenset(
         "namespace",
         "get_if_exists",
         "event_loop",
+        "concurrency_groups",
+        "max_pending_calls",
+        "allow_out_of_order_execution",
     )
 )
-METHOD_OPTIONS = frozenset(("num_returns", "name", "max_task_retries", "retry_exceptions"))
+METHOD_OPTIONS = frozenset(
+    ("num_returns", "name", "max_task_retries", "retry_exceptions", "concurrency_group", *AHEAD_OPTIONS)
+)
 LATER = frozenset(
     (
-        "runtime_env", "scheduling_strategy", "label_selector", "accelerator_type", "concurrency_groups",
-        "concurrency_group", "max_pending_calls", "allow_out_of_order_execution", "placement_group",
+        "scheduling_strategy", "label_selector", "accelerator_type", "placement_group",
         "placement_group_bundle_index", "placement_group_capture_child_tasks",
     )
 )  # fmt: skip
@@ -57,14 +71,30 @@ def _check_value(name: str, value: Any, what: str) -> None:
         _integer(name, value, what, -1, "-1 for without end")
     elif name == "max_calls":
         _integer(name, value, what, 0, "0 for without end")
+    elif name == "runtime_env":
+        if value is not None:
+            RuntimeEnv.of(value)
     elif name == "max_concurrency":
         _integer(name, value, what, 1, "")
+    elif name == "max_pending_calls":
+        if value is not None and value != -1:
+            _integer(name, value, what, 1, "or -1 for without end")
+    elif name == "concurrency_groups":
+        _groups(value, what)
+    elif name == "concurrency_group":
+        if value is not None and (not isinstance(value, str) or not value):
+            raise TypeError(f"{name} of {what} must be the name of a group, not {value!r}")
     elif name == "num_returns":
         if isinstance(value, str):
-            if value in ("streaming", "dynamic"):
-                raise ValueError(f"num_returns={value!r} of {what} is not available in this version of ftray")
-            raise ValueError(f"num_returns of {what} must be a whole number from 0, not {value!r}")
-        _integer(name, value, what, 0, "")
+            if value not in RETURN_WORDS:
+                raise ValueError(
+                    f'num_returns of {what} must be a whole number from 0, "streaming" or "dynamic", not {value!r}'
+                )
+        elif value is not None:
+            _integer(name, value, what, 0, "")
+    elif name in AHEAD_OPTIONS:
+        if value is not None and (value != NO_BOUND or isinstance(value, bool)):
+            _integer(name, value, what, 1, f"or {NO_BOUND} for no bound")
     elif name == "retry_exceptions":
         if isinstance(value, bool) or value is None:
             return
@@ -81,8 +111,22 @@ def _check_value(name: str, value: Any, what: str) -> None:
     elif name == "get_if_exists":
         if not isinstance(value, bool):
             raise TypeError(f"get_if_exists of {what} must be a bool, not {value!r}")
+    elif name == "allow_out_of_order_execution":
+        if value is not None and not isinstance(value, bool):
+            raise TypeError(f"{name} of {what} must be a bool, not {value!r}")
     elif name == "event_loop" and value not in ("asyncio", "trio"):
         raise ValueError(f"event_loop of {what} must be 'asyncio' or 'trio', not {value!r}")
+
+
+def _groups(value: Any, what: str) -> None:
+    if value is None:
+        return
+    if not isinstance(value, Mapping):
+        raise TypeError(f"concurrency_groups of {what} must be a dict of names and numbers, not {value!r}")
+    for group, limit in value.items():
+        if not isinstance(group, str) or not group:
+            raise TypeError(f"a name in concurrency_groups of {what} must be a non-empty string, not {group!r}")
+        _integer(f"concurrency group {group!r}", limit, what, 1, "")
 
 
 def _integer(name: str, value: Any, what: str, least: int, also: str) -> None:
@@ -92,6 +136,36 @@ def _integer(name: str, value: Any, what: str, least: int, also: str) -> None:
         raise ValueError(
             f"{name} of {what} must be at least {least}" + (f" ({also})" if also else "") + f", not {value}"
         )
+
+
+def return_count(options: Mapping[str, Any], function: Any) -> int:
+    """`num_returns` as it travels: a generator function streams unless the options say otherwise."""
+    count = options.get("num_returns")
+    if count is None:
+        generates = inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function)
+        return STREAMING if generates else 1
+    return RETURN_WORDS[count] if isinstance(count, str) else int(count)
+
+
+def items_ahead(options: Mapping[str, Any], default: int) -> int:
+    """How many items of a streaming task may wait unread, as it travels: 0 is no bound of its own."""
+    for name in AHEAD_OPTIONS:
+        bound = options.get(name)
+        if bound is not None:
+            return 0 if bound == NO_BOUND else int(bound)
+    return default
+
+
+def method_code(options: Mapping[str, Any], function: Any) -> int:
+    """What a method returns as one number in the table of a handle: `num_returns`, or the bound of a streaming one."""
+    count = return_count(options, function)
+    bound = items_ahead(options, -1)
+    return count if count != STREAMING or bound < 0 else _BOUNDED - bound
+
+
+def method_returns(code: int) -> tuple[int, int]:
+    """(num_returns, bound; -1 is the default one) of such a number."""
+    return (STREAMING, _BOUNDED - code) if code <= _BOUNDED else (code, -1)
 
 
 def resource_needs(options: Mapping[str, Any], default_cpus: float) -> dict[str, float]:

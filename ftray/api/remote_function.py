@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
-from typing import Any, Generic, ParamSpec, TypeVar, overload
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, overload
 
 from ftray.api.arguments import pack
-from ftray.api.options import TASK_OPTIONS, check_options, exception_names, resource_needs
+from ftray.api.generators import ObjectRefGenerator, returned
+from ftray.api.options import TASK_OPTIONS, check_options, exception_names, items_ahead, resource_needs, return_count
 from ftray.ids import return_id
 from ftray.ownership.dispatch import ClassQueue
 from ftray.ownership.tasks import FunctionInfo, TaskRecord
+from ftray.wire.messages import STREAMING
 from ftray.worker.core import Core, core_or_none, current_task, get_core
 from ftray.worker.refs import ObjectRef
 from ftray.worker.serialization import serialize_function
@@ -23,6 +25,7 @@ from ftray.worker.submit import INDEX0
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 
 
 class RemoteFunction(Generic[P, R]):
@@ -38,7 +41,8 @@ class RemoteFunction(Generic[P, R]):
         self._needs = resource_needs(options, 1.0)
         # A process that has used an accelerator keeps memory there until it ends.
         self._max_calls: int = options.get("max_calls", 1 if self._needs.get("GPU") else 0)
-        self._num_returns: int = 1 if options.get("num_returns") is None else options["num_returns"]
+        self._num_returns = return_count(options, function)
+        self._ahead_max = 0
         self._retry_exceptions = exception_names(options.get("retry_exceptions"))
         self._shared: dict[Any, Any] = {} if shared is None else shared
         """Session -> FunctionInfo; the same for all option sets of one function."""
@@ -76,14 +80,25 @@ class RemoteFunction(Generic[P, R]):
         self._info = info
         retries = self._options.get("max_retries")
         self._max_retries = core.config.task_max_retries if retries is None else retries
+        if self._num_returns == STREAMING:
+            self._ahead_max = items_ahead(self._options, core.config.generator_ahead_max)
         retriable = self._max_retries != 0
-        key = (retriable, *sorted(self._needs.items()))
+        environment = core.environment
+        if self._options.get("runtime_env"):
+            from ftray.api.packaging import environment_of
+
+            environment = environment_of(core, self._options["runtime_env"])
+        key: tuple[Any, ...] = (retriable, *sorted(self._needs.items()))
+        if environment:
+            key = (*key, environment)
         with core.lock:
             self._class = core.submitter.dispatcher.class_for(key, self._needs, info.name, retriable)
+            self._class.environment = environment
         self._core = core
 
-    def remote(self, *args: P.args, **kwargs: P.kwargs) -> Any:
-        """Runs the function on the cluster: returns its ObjectRef, a list of them for `num_returns` over 1, None for 0.
+    def remote(self, /, *args: P.args, **kwargs: P.kwargs) -> Any:
+        """Runs the function on the cluster: returns its ObjectRef, a list of them for `num_returns` over 1, None for 0,
+        and an ObjectRefGenerator for a generator function.
 
         Raises NotInitializedError, SerializationError (naming the argument), ForeignRefError.
         """
@@ -99,6 +114,8 @@ class RemoteFunction(Generic[P, R]):
             task_id, self._info, count, self._max_retries, self._retry_exceptions, holds, b"", deps, self._class,
             not self._max_retries,
         )  # fmt: skip
+        if count < 0:
+            task.ahead_max = self._ahead_max
         core.submitter.submit(task, data)
         if kept:
             kept.clear()
@@ -106,15 +123,32 @@ class RemoteFunction(Generic[P, R]):
             return ObjectRef(task_id + INDEX0, core)
         if count == 0:
             return None
+        if count < 0:
+            return returned(core, task_id, count)
         return [ObjectRef(return_id(task_id, index), core) for index in range(count)]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return RemoteFunction, (self._function, self._options)
+        options = self._options
+        if options.get("runtime_env"):
+            from ftray.api.packaging import portable
+
+            options = portable(options, core_or_none())
+        return RemoteFunction, (self._function, options)
 
     def __repr__(self) -> str:
         return f"<remote function {self._function.__qualname__}>"
 
 
+if TYPE_CHECKING:
+
+    class RemoteGenerator(RemoteFunction[P, Iterator[T]], Generic[P, T]):
+        """What a type checker makes of a remote function that is annotated as a generator."""
+
+        def remote(self, /, *args: P.args, **kwargs: P.kwargs) -> ObjectRefGenerator[T]: ...
+
+
+@overload
+def remote(function: Callable[P, Iterator[T]], /) -> RemoteGenerator[P, T]: ...
 @overload
 def remote(function: Callable[P, R], /) -> RemoteFunction[P, R]: ...
 @overload

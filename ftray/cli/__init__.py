@@ -1,4 +1,4 @@
-"""Command line of ftray: `ftray start`, `stop`, `status`, `logs`, `microbenchmark`.
+"""Command line of ftray: `ftray start`, `stop`, `status`, `list`, `memory`, `stack`, `timeline`, `logs` and so on.
 
 Role: shell. Each command is a module of its own, imported when it is run, so that `ftray --help` costs an interpreter
 and click. What all commands share: `--json` prints one JSON object and nothing else, errors included; the exit codes.
@@ -26,6 +26,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "start": ("ftray.cli.start", "Start a node on this machine: the head of a new cluster, or one that joins."),
     "stop": ("ftray.cli.stop", "Stop the nodes that were started on this machine."),
     "status": ("ftray.cli.status", "Show the nodes, resources, jobs and actors of the cluster."),
+    "list": ("ftray.cli.listing", "List pending tasks, workers, actors, nodes or objects."),
+    "memory": ("ftray.cli.memory", "Show what objects hold in memory and on disk, and why."),
+    "stack": ("ftray.cli.stack", "Show where each driver and worker is."),
+    "timeline": ("ftray.cli.timeline", "Write what ran when as a trace for Perfetto."),
     "logs": ("ftray.cli.logs", "Show what workers and nodes of this machine have printed."),
     "microbenchmark": ("ftray.cli.microbenchmark", "Measure tasks, actors and objects on this machine."),
 }

@@ -84,7 +84,8 @@ def _show(status: dict[str, Any]) -> None:
         console.print(f"[red]can never run:[/] {row['name'] or 'a task'}: {row['missing']}")
 
 
-def _table(*columns: str) -> Table:
+def table(*columns: str) -> Table:
+    """An empty table as all commands show them."""
     from rich.table import Table as RichTable
 
     table = RichTable(box=None, pad_edge=False, header_style="bold")
@@ -94,36 +95,36 @@ def _table(*columns: str) -> Table:
 
 
 def _nodes(nodes: list[dict[str, Any]]) -> Table:
-    table = _table("node", "state", "host", "process", "resources")
+    rows = table("node", "state", "host", "process", "resources")
     for node in sorted(nodes, key=lambda node: (node["state"], node["node_id"])):
         offers = ", ".join(f"{amount(name, each)} {name}" for name, each in sorted(node["resources"].items()))
         row = (node["node_id"][:12], node["state"].lower(), node["hostname"], str(node["pid"]), offers)
-        table.add_row(*row, style="" if node["state"] == "ALIVE" else "dim")
-    return table
+        rows.add_row(*row, style="" if node["state"] == "ALIVE" else "dim")
+    return rows
 
 
 def _resources(resources: dict[str, dict[str, float]], store: dict[str, Any], title: str) -> Table:
-    table = _table(title, "in use", "total")
+    rows = table(title, "in use", "total")
     total, available = resources["total"], resources["available"]
     for name in sorted(total):
         used = total[name] - available.get(name, 0)
-        table.add_row(name, amount(name, used), amount(name, total[name]))
+        rows.add_row(name, amount(name, used), amount(name, total[name]))
     stored, capacity = store.get("used_bytes"), store.get("capacity_bytes")
     if isinstance(stored, int) and isinstance(capacity, int):
-        table.add_row("object store", size(stored), size(capacity))
-    return table
+        rows.add_row("object store", size(stored), size(capacity))
+    return rows
 
 
 def _workers(status: dict[str, Any]) -> Table:
-    table = _table("worker", "process", "state", "job", "runs")
+    rows = table("worker", "process", "state", "job", "runs")
     actors = {actor["actor_id"]: actor["class_name"] for actor in status.get("actors", ())}
     for worker in status["workers"][:WORKERS_SHOWN]:
         runs = actors.get(worker["actor_id"], "") or worker["running"]
         state = worker["state"].lower() + (", waits in get" if worker["blocked"] else "")
-        table.add_row(worker["worker_id"][:12], str(worker["pid"]), state, worker["job_id"], runs)
+        rows.add_row(worker["worker_id"][:12], str(worker["pid"]), state, worker["job_id"], runs)
     if len(status["workers"]) > WORKERS_SHOWN:
-        table.add_row(f"and {len(status['workers']) - WORKERS_SHOWN} more", "", "", "", "")
-    return table
+        rows.add_row(f"and {len(status['workers']) - WORKERS_SHOWN} more", "", "", "", "")
+    return rows
 
 
 def amount(name: str, value: float) -> str:

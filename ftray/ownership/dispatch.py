@@ -12,9 +12,13 @@ Rules:
 - After a worker's death its oldest unfinished task spends a retry. Those behind it may have run or not; they run again
   *solo* (nothing else in flight on that lease), so that a task that kills its worker is told from its neighbours. A
   task that may not be retried is solo from the start: it runs at most once, and no neighbour's crash can fail it.
+- A worker that is killed on purpose (`ending`) is nobody's fault: what else it had is queued again as if never pushed.
+- A cancelled task stays where it is in the queue and is passed over; the front of a queue is never cancelled, so that
+  an empty queue is an empty deque. One that comes back from a lease is not queued again but put into `ended`.
 
 Rejected: one lease request per task (a round trip to the raylet each); choosing the least loaded lease by a scan
-(O(leases) per task; round robin over those with room is as even).
+(O(leases) per task; round robin over those with room is as even); removing cancelled tasks from the middle of a queue
+(O(queue) for each).
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ftray.ownership.finding import QueueIndex
 from ftray.ownership.tasks import TaskRecord
 
 OVERHEAD_US = 10.0
@@ -33,7 +38,7 @@ class Lease:
     """A worker that this owner may push tasks of one class to."""
 
     __slots__ = (
-        "blocked", "closing", "cls", "done_count", "doomed", "endpoint", "idle_ticks", "in_room", "inflight",
+        "blocked", "closing", "cls", "done_count", "doomed", "ending", "endpoint", "idle_ticks", "in_room", "inflight",
         "lease_id", "link", "load_us", "node_id", "pid", "seen_count", "solo", "worker_id",
     )  # fmt: skip
 
@@ -52,6 +57,8 @@ class Lease:
         """Expected work of what is in flight."""
         self.blocked = False
         self.closing = False
+        self.ending = False
+        """Its worker is about to be killed on purpose: it gets nothing more, and is not returned but ends with it."""
         self.solo = False
         self.in_room = False
         self.done_count = 0
@@ -64,7 +71,10 @@ class Lease:
 class ClassQueue:
     """Tasks with the same needs, and the leases that serve them."""
 
-    __slots__ = ("class_id", "declared", "leases", "name", "queue", "resources", "retriable", "room", "said", "want")
+    __slots__ = (
+        "cancelled", "class_id", "declared", "environment", "index", "leases", "name", "queue", "resources", "retriable",
+        "room", "said", "want", "want_max",
+    )  # fmt: skip
 
     def __init__(self, class_id: int, resources: Mapping[str, float], name: str, retriable: bool = True) -> None:
         self.class_id = class_id
@@ -72,9 +82,16 @@ class ClassQueue:
         self.name = name
         self.retriable = retriable
         """Its tasks may be repeated: the memory monitor ends those first."""
+        self.environment = ""
+        """The runtime environment of its tasks, packed."""
         self.queue: deque[TaskRecord] = deque()
+        self.cancelled = 0
+        """How many of the queue are cancelled."""
+        self.index = QueueIndex()
         self.leases: dict[int, Lease] = {}
         self.room: deque[Lease] = deque()
+        self.want_max = 0
+        """The most leases it may hold: how many of its tasks may run at once."""
         self.want = 0
         self.said = 0
         """The want that the raylet knows."""
@@ -99,6 +116,8 @@ class TaskDispatcher:
         """Leases that the raylet wants back although their grant has not arrived yet."""
         self.returns: list[int] = []
         self.recalls: list[tuple[Lease, tuple[bytes, ...]]] = []
+        self.ended: list[TaskRecord] = []
+        """Cancelled tasks that came back from a lease without having run."""
 
     def class_for(
         self, key: Any, resources: Mapping[str, float], name: str, retriable: bool = True
@@ -107,6 +126,7 @@ class TaskDispatcher:
         cls = self.classes.get(key)
         if cls is None:
             cls = ClassQueue(len(self.by_id) + 1, resources, name, retriable)
+            cls.want_max = self.want_max
             self.classes[key] = cls
             self.by_id[cls.class_id] = cls
         return cls
@@ -124,12 +144,16 @@ class TaskDispatcher:
             self._ask(cls)
 
     def requeue(self, tasks: Iterable[TaskRecord]) -> None:
-        """Tasks that come back go to the front, in their order."""
+        """Tasks that come back go to the front, in their order; cancelled ones do not."""
         back = list(tasks)
         touched: dict[int, ClassQueue] = {}
         for task in reversed(back):
             assert task.cls is not None
+            if task.cancelled:
+                self.ended.append(task)
+                continue
             task.cls.queue.appendleft(task)
+            task.cls.index.clear()
             touched[task.cls.class_id] = task.cls
         for cls in touched.values():
             self.pump(cls)
@@ -139,9 +163,9 @@ class TaskDispatcher:
     def _ask(self, cls: ClassQueue) -> None:
         """Declares more demand when the queue has outgrown it. Doublings are said at once, which keeps the messages of
         a burst few; what lies between is said when the caller blocks, or at the next tick."""
-        need = len(cls.queue) + len(cls.leases)
-        if need > self.want_max:
-            need = self.want_max
+        need = len(cls.queue) - cls.cancelled + len(cls.leases)
+        if need > cls.want_max:
+            need = cls.want_max
         if need > cls.want:
             cls.want = need
             if cls.said < 4 or need >= 2 * cls.said:
@@ -153,6 +177,7 @@ class TaskDispatcher:
         """Pushes what the leases of a class have room for."""
         queue, room, pushes = cls.queue, cls.room, self.pushes
         depth, work_us = self.depth_max, self.pipeline_work_us
+        cancelled = cls.cancelled
         passed = 0
         while queue and room:
             lease = room[0]
@@ -171,6 +196,8 @@ class TaskDispatcher:
                     continue
                 lease.solo = True
             queue.popleft()
+            if cancelled:
+                cancelled = self._pass_over(cls)
             passed = 0
             inflight[task.task_id] = task
             mean_us = task.function.mean_us
@@ -182,6 +209,74 @@ class TaskDispatcher:
                 lease.in_room = False
             elif len(room) > 1:
                 room.rotate(-1)
+
+    def _pass_over(self, cls: ClassQueue) -> int:
+        """Drops cancelled tasks from the front of a queue; returns how many are left behind it."""
+        queue = cls.queue
+        while queue and queue[0].cancelled:
+            queue.popleft()
+            cls.cancelled -= 1
+        return cls.cancelled
+
+    # --- cancelling --------------------------------------------------------------------------------------------------
+
+    def find_queued(self, task_id: bytes) -> TaskRecord | None:
+        """The queued task with this id. The first question after `forget_index` reads the queues, others do not."""
+        for cls in self.by_id.values():
+            if cls.queue:
+                task = cls.index.find(cls.queue, task_id)
+                if task is not None:
+                    return task
+        return None
+
+    def find_pushed(self, task_id: bytes) -> tuple[Lease, TaskRecord] | None:
+        """The task in flight with this id, and where."""
+        for lease in self.leases.values():
+            task = lease.inflight.get(task_id)
+            if task is not None:
+                return lease, task
+        return None
+
+    def forget_index(self) -> None:
+        """No more questions for a while."""
+        for cls in self.by_id.values():
+            cls.index.clear()
+
+    def cancel_queued(self, task: TaskRecord) -> None:
+        """A queued task will not run. The demand falls with it."""
+        if task.cancelled:
+            return
+        cls: ClassQueue = task.cls
+        task.cancelled = True
+        cls.cancelled += 1
+        self._pass_over(cls)
+        if cls.cancelled > 32 and cls.cancelled * 2 > len(cls.queue):
+            live = [each for each in cls.queue if not each.cancelled]
+            cls.queue.clear()
+            cls.queue.extend(live)
+            cls.cancelled = 0
+        want = min(len(cls.queue) - cls.cancelled + len(cls.leases), cls.want_max)
+        if want < cls.want:
+            cls.want = want
+            self.lagging[cls.class_id] = cls
+
+    def end_worker(self, lease: Lease) -> None:
+        """Its worker is about to be killed on purpose."""
+        lease.ending = True
+        self._leave_room(lease)
+
+    def spare_worker(self, lease: Lease) -> None:
+        """It is not, after all."""
+        lease.ending = False
+        if lease.closing:
+            if not lease.inflight:
+                self.give_back(lease)
+        elif not lease.in_room and not lease.blocked and lease.load_us < self.pipeline_work_us:
+            lease.in_room = True
+            lease.cls.room.append(lease)
+            self.pump(lease.cls)
+
+    # --- replies -----------------------------------------------------------------------------------------------------
 
     def done(self, lease: Lease, task_id: bytes, work_us: int) -> TaskRecord | None:
         """A reply arrived; returns its task, or None for one that this lease does not run."""
@@ -199,8 +294,8 @@ class TaskDispatcher:
         lease.done_count += 1
         lease.blocked = False
         lease.solo = False
-        if lease.closing:
-            if not lease.inflight:
+        if lease.closing or lease.ending:
+            if not lease.inflight and not lease.ending:
                 self.give_back(lease)
         elif not lease.in_room and lease.load_us < self.pipeline_work_us:
             lease.in_room = True
@@ -220,7 +315,9 @@ class TaskDispatcher:
         if not lease.inflight:
             lease.blocked = False
             lease.solo = False
-            if lease.closing:
+            if lease.ending:
+                pass
+            elif lease.closing:
                 self.give_back(lease)
             elif not lease.in_room:
                 lease.in_room = True
@@ -229,7 +326,10 @@ class TaskDispatcher:
 
     def _block(self, lease: Lease) -> None:
         lease.blocked = True
-        lease.in_room = False  # `pump` drops it from the room when it comes to it
+        self._leave_room(lease)
+
+    def _leave_room(self, lease: Lease) -> None:
+        lease.in_room = False
         if lease in lease.cls.room:
             lease.cls.room.remove(lease)
 
@@ -256,7 +356,7 @@ class TaskDispatcher:
         self._remove(lease)
         self.returns.append(lease.lease_id)
         cls = lease.cls
-        want = min(len(cls.leases) + len(cls.queue), self.want_max)
+        want = min(len(cls.leases) + len(cls.queue) - cls.cancelled, cls.want_max)
         if want != cls.want:
             cls.want = want
             self.demands[cls.class_id] = cls
@@ -270,12 +370,15 @@ class TaskDispatcher:
                 lease.cls.room.remove(lease)
 
     def lost(self, lease: Lease) -> list[TaskRecord]:
-        """The worker died; returns its unfinished tasks, oldest first, all marked solo. The demand stands."""
+        """The worker died; returns its unfinished tasks, oldest first, all marked solo unless it was killed on purpose.
+        The demand stands."""
         self._remove(lease)
         tasks = list(lease.inflight.values())
         lease.inflight.clear()
-        for task in tasks:
-            task.solo = True
+        lease.cls.index.clear()
+        if not lease.ending:
+            for task in tasks:
+                task.solo = True
         return tasks
 
     def leaving(self, lease: Lease, task_id: bytes) -> TaskRecord | None:
@@ -293,7 +396,7 @@ class TaskDispatcher:
     def reclaim(self, lease_id: int) -> None:
         """Others wait: idle leases go back, and the named one as soon as its running tasks are done."""
         for lease in list(self.leases.values()):
-            if not lease.inflight and not lease.cls.queue:
+            if not lease.inflight and not lease.cls.queue and not lease.ending:
                 self.give_back(lease)
         named = self.leases.get(lease_id)
         if named is None:
@@ -305,7 +408,9 @@ class TaskDispatcher:
                 named.in_room = False
                 if named in named.cls.room:
                     named.cls.room.remove(named)
-            if not named.inflight:
+            if named.ending:
+                pass
+            elif not named.inflight:
                 self.give_back(named)
             elif len(named.inflight) > 1:
                 self.recalls.append((named, tuple(named.inflight)[1:]))
@@ -319,7 +424,7 @@ class TaskDispatcher:
                     self._block(lease)
                     self.recalls.append((lease, tuple(lease.inflight)[1:]))
                 lease.seen_count = lease.done_count
-            elif not lease.cls.queue:
+            elif not lease.cls.queue and not lease.ending:
                 lease.idle_ticks += 1
                 if lease.idle_ticks > linger_ticks:
                     self.give_back(lease)
@@ -328,12 +433,14 @@ class TaskDispatcher:
     def withdraw(self, class_id: int) -> list[TaskRecord]:
         """Takes all queued tasks of a class (it is infeasible), and its demand."""
         cls = self.by_id[class_id]
-        tasks = list(cls.queue)
+        tasks = [task for task in cls.queue if not task.cancelled]
         cls.queue.clear()
+        cls.cancelled = 0
         cls.want = len(cls.leases)
         self.demands[class_id] = cls
         return tasks
 
     def waiting(self) -> int:
         """Tasks queued and in flight."""
-        return sum(len(cls.queue) for cls in self.by_id.values()) + sum(len(x.inflight) for x in self.leases.values())
+        queued = sum(len(cls.queue) - cls.cancelled for cls in self.by_id.values())
+        return queued + sum(len(lease.inflight) for lease in self.leases.values())

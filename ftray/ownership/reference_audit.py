@@ -93,7 +93,8 @@ def audit(
             _require(token in (entries[object_id].guards or ()), object_id, f"lacks its guard {token!r}")
 
 
-def _reasons(entry: Entry) -> tuple[str, ...]:
+def reasons(entry: Entry) -> tuple[str, ...]:
+    """What keeps an entry, in words."""
     counted = (
         (entry.local, "local reference", "local references"),
         (entry.submitted, "argument of an unfinished task", "unfinished tasks have it as an argument"),
@@ -103,12 +104,12 @@ def _reasons(entry: Entry) -> tuple[str, ...]:
         (len(entry.borrowers or ()), "borrowed by a process", "processes borrow it"),
         (len(entry.guards or ()), "argument of a running task", "running tasks have it as an argument"),
     )
-    reasons = [one if count == 1 else f"{count} {many}" for count, one, many in counted if count]
+    found = [one if count == 1 else f"{count} {many}" for count, one, many in counted if count]
     if entry.pinned:
-        reasons.append("pinned for good: serialised out of band")
-    if not reasons:
-        reasons.append("waits for the answer of its owner")
-    return tuple(reasons)
+        found.append("pinned for good: serialised out of band")
+    if not found:
+        found.append("waits for the answer of its owner")
+    return tuple(found)
 
 
 def rows(entries: Mapping[bytes, Entry]) -> list[Row]:
@@ -123,7 +124,7 @@ def rows(entries: Mapping[bytes, Entry]) -> list[Row]:
             entry.handoffs,
             len(entry.borrowers or ()),
             "" if entry.owner is None else REGISTRATION_NAMES[entry.registration],
-            _reasons(entry),
+            reasons(entry),
         )
         for object_id, entry in entries.items()
     ]

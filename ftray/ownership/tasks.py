@@ -59,6 +59,10 @@ class TaskRecord(msgspec.Struct, gc=False, eq=False):
     actor: Any = None
     """The `calls.ActorCalls` of an actor call."""
     method: str = ""
+    ahead_max: int = 0
+    """Of a generator task: how many items may wait unread; 0 is no bound of its own."""
+    group: str = ""
+    """The concurrency group of an actor call."""
 
     def spend_retry(self) -> bool:
         """Takes one retry; False when there is none left."""

@@ -6,6 +6,8 @@ Role: shell, under the reactor's lock.
                      │ resources        │ a worker           │ constructor       │
                      └───────── stop, or the worker's death, in any state ───────┴──► reported (ActorDied), forgotten
 
+One with a runtime environment is QUEUED while its packages are fetched, and CREATING while its worker applies it.
+
 Rules: everything is told apart by actor and incarnation, so what the GCS repeats does no harm; what is said of an
 earlier incarnation is answered `ActorDied` (nothing runs of it). Resources are free as soon as the worker is gone;
 the report waits up to `CAUSE_WAIT_MS` for the exit status. A worker that has been an actor is never used again.
@@ -20,14 +22,18 @@ import logging
 from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from ftray.gcs.state.commands import ActorAlive, ActorDied, ActorUnplaced, DeathCauseRecord
 from ftray.gcs.state.tables import Result
 from ftray.ids import short
 from ftray.raylet.clients import Client
 from ftray.raylet.deaths import with_what
+from ftray.raylet.environments import Environment
 from ftray.raylet.pool import Worker
+from ftray.runtime_env import SETUP
 from ftray.scheduling.leases import DemandError
-from ftray.wire.messages import ActorReady, CreateActor, ExitWorker, StartActor, StopActor
+from ftray.wire.messages import ActorCreation, ActorReady, CreateActor, ExitWorker, StartActor, StopActor
 
 if TYPE_CHECKING:
     from ftray.raylet.raylet import Raylet
@@ -51,8 +57,8 @@ class Hosted:
     """One life of an actor on this node."""
 
     __slots__ = (
-        "actor_id", "class_name", "creation", "incarnation", "job_id", "lease_id", "owner", "restartable", "stage",
-        "stopping", "token", "worker_id",
+        "actor_id", "class_name", "creation", "environment", "incarnation", "job_id", "lease_id", "num_cpus", "owner",
+        "restartable", "stage", "stopping", "token", "worker_id",
     )  # fmt: skip
 
     def __init__(self, message: StartActor, creation: bytes) -> None:
@@ -67,6 +73,8 @@ class Hosted:
         self.stage = Stage.QUEUED
         self.lease_id = 0
         self.worker_id = b""
+        self.num_cpus = message.resources.get("CPU", 0.0)
+        self.environment: Environment | None = None
         self.stopping = ""
         """Why it is being stopped, if it is."""
 
@@ -97,14 +105,38 @@ class Actors:
             if other.incarnation > message.incarnation:
                 return  # an old request that was under way for long
             self._kill(other, "a later life of the actor begins")
-        scheduler = self.raylet.leases.scheduler
         actor = Hosted(message, creation)
+        environment = environment_in(creation)
+        if not environment:
+            self._allocate(actor, message.resources)
+            return
         try:
-            scheduler.allocate_dedicated(token, message.resources, self.raylet.reactor.now_ms())
+            actor.environment = self.raylet.environments.hold(environment)
+        except ValueError as error:
+            self._environment_failed(actor, str(error))
+            return
+        self.hosted[token] = actor  # the GCS may repeat itself, or stop it, meanwhile
+
+        def prepared(error: str) -> None:
+            if self.hosted.get(token) is not actor:
+                return
+            if error:
+                self._environment_failed(actor, error)
+                self._forget(actor)
+            else:
+                self._allocate(actor, message.resources)
+
+        self.raylet.environments.prepare(actor.environment, prepared)
+
+    def _allocate(self, actor: Hosted, resources: dict[str, float]) -> None:
+        scheduler = self.raylet.leases.scheduler
+        try:
+            scheduler.allocate_dedicated(actor.token, resources, self.raylet.reactor.now_ms())
         except DemandError as error:
+            self._forget(actor)
             self._unplaced(actor, str(error))
             return
-        self.hosted[token] = actor
+        self.hosted[actor.token] = actor
         self.raylet.leases.settle_soon()
 
     def stop(self, message: StopActor) -> None:
@@ -143,7 +175,8 @@ class Actors:
             return
         actor.lease_id = lease_id
         actor.stage = Stage.WAITING
-        self.raylet.leases.pool.request(token, actor.job_id, dedicated=True)
+        key = actor.environment.key if actor.environment is not None else ""
+        self.raylet.leases.pool.request(token, actor.job_id, dedicated=True, environment=key)
 
     def infeasible(self, token: Hashable, missing: str) -> None:
         """This node can't ever hold the actor: the GCS must choose another."""
@@ -161,8 +194,30 @@ class Actors:
         actor.worker_id = worker.worker_id
         actor.stage = Stage.CREATING
         self._in_worker[worker.worker_id] = actor
-        self.raylet.leases.assign(worker, client, actor.lease_id)
+        environment = actor.environment
+        if self.raylet.leases.assign(worker, client, actor.lease_id, actor.num_cpus, environment):
+            assert environment is not None
+            self.raylet.setups.begin(client, environment, lambda error: self._set_up(actor, client, error))
+        else:
+            self._create(actor, client)
+
+    def _create(self, actor: Hosted, client: Client) -> None:
         client.link.send(CreateActor(actor.actor_id, actor.incarnation, actor.job_id, actor.owner), actor.creation)
+
+    def _set_up(self, actor: Hosted, client: Client, error: str) -> None:
+        """Its worker has applied its environment, or could not (and is killed for that)."""
+        if self.hosted.get(actor.token) is not actor:
+            return
+        if error:
+            self._environment_failed(actor, error, client)
+            self._forget(actor, with_lease=False)
+        else:
+            self._create(actor, client)
+
+    def _environment_failed(self, actor: Hosted, error: str, client: Client | None = None) -> None:
+        pid, worker_id = (client.pid, client.worker_id.hex()) if client is not None else (0, "")
+        cause = DeathCauseRecord(self.raylet.node_id.hex(), pid, worker_id, what=SETUP, reason=error)
+        self._report_died(actor.actor_id, actor.incarnation, cause, may_restart=False)
 
     def ready(self, client: Client, message: ActorReady, payload: bytes | bytearray) -> None:
         """The constructor has returned or raised."""
@@ -205,6 +260,9 @@ class Actors:
 
     def _forget(self, actor: Hosted, with_lease: bool = True) -> None:
         self.hosted.pop(actor.token, None)
+        if actor.environment is not None:
+            self.raylet.environments.drop(actor.environment)
+            actor.environment = None
         if self._in_worker.get(actor.worker_id) is actor:
             del self._in_worker[actor.worker_id]
         if with_lease:
@@ -241,6 +299,14 @@ class Actors:
         self.raylet.gcs.command(
             ActorUnplaced(actor.actor_id, actor.incarnation, self.raylet.node_id, reason), _ignored
         )
+
+
+def environment_in(creation: bytes) -> str:
+    """The runtime environment that a creation spec names; nobody but the worker understands the rest of it."""
+    try:
+        return msgspec.msgpack.decode(creation, type=ActorCreation).environment
+    except msgspec.MsgspecError:
+        return ""  # the worker will say what is wrong with it
 
 
 def _ignored(result: Any) -> None:

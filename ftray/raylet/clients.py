@@ -7,9 +7,14 @@ may serve it, and outlives its driver as long as detached actors do.
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import TYPE_CHECKING
 
 from ftray.wire.messages import RegisterClient
 from ftray.wire.reactor import Link
+
+if TYPE_CHECKING:
+    from ftray.raylet.environments import Environment
+    from ftray.raylet.setups import ClassEnvironment
 
 JOBS_KEPT = 1_000
 
@@ -35,7 +40,7 @@ class Client:
     """A driver or worker with a link to this raylet. `worker_id` is its name everywhere."""
 
     __slots__ = (
-        "class_names", "driver", "endpoint", "entrypoint", "goodbye", "gone", "job_id", "lease_id", "link",
+        "class_names", "driver", "endpoint", "entrypoint", "environment", "environments", "goodbye", "gone", "job_id", "lease_id", "link",
         "log_to_driver", "not_retriable", "pid", "running", "since_ms", "worker_id",
     )  # fmt: skip
 
@@ -59,6 +64,10 @@ class Client:
         """What it says that it runs."""
         self.class_names: dict[int, str] = {}
         """Names of its scheduling classes, for status and for errors."""
+        self.environments: dict[int, ClassEnvironment] = {}
+        """By scheduling class, for those that have one."""
+        self.environment: Environment | None = None
+        """What it has applied, or is applying, as a worker."""
         self.not_retriable: set[int] = set()
         """Scheduling classes whose tasks may run once only."""
 

@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING
 from ftray.exceptions import ProtocolError
 from ftray.ids import WORKER_ID_BYTES, short
 from ftray.raylet.clients import Client
+from ftray.raylet.environments import Environment
 from ftray.raylet.pool import FAILURES_MAX, State, Worker, WorkerPool
 from ftray.raylet.processes import Process
 from ftray.scheduling.leases import DedicatedInfeasible, DemandError, Grant, LeaseScheduler
 from ftray.wire.messages import (
     ExitWorker,
     LeaseDemand,
+    LeaseEnvironmentFailed,
     LeaseGranted,
     LeaseInfeasible,
     LeaseReclaim,
@@ -46,7 +48,9 @@ IDLE_EXIT = "idle"
 class GivenLease:
     """A lease: of whom, and in which worker (empty while none has been found)."""
 
-    __slots__ = ("class_id", "client_id", "job_id", "lease_id", "retriable", "worker_id")
+    __slots__ = (
+        "class_id", "client_id", "environment", "job_id", "lease_id", "num_cpus", "retriable", "worker_id",
+    )  # fmt: skip
 
     def __init__(self, lease_id: int, client_id: bytes, class_id: int, job_id: bytes, retriable: bool = True) -> None:
         self.lease_id = lease_id
@@ -56,6 +60,8 @@ class GivenLease:
         self.worker_id = b""
         self.retriable = retriable
         """What it runs may be repeated, should the memory monitor end the worker."""
+        self.num_cpus = 0.0
+        self.environment: Environment | None = None
 
 
 class Leases:
@@ -85,6 +91,8 @@ class Leases:
             client.class_names[class_id] = message.name
         if not message.retriable:
             client.not_retriable.add(class_id)
+        if (message.environment or client.environments) and not self.raylet.setups.admit(client, message):
+            return
         try:
             self.scheduler.set_demand(client.worker_id, class_id, message.want, message.resources, client.job_id)
         except DemandError as error:
@@ -119,6 +127,7 @@ class Leases:
                 self._end(lease)
         for key in [key for key in self.infeasible if key[0] == client.worker_id]:
             del self.infeasible[key]
+        self.raylet.setups.client_gone(client)
         self.settle_soon()
 
     def block(self, client: Client, blocked: bool) -> None:
@@ -160,6 +169,8 @@ class Leases:
             self.given.pop(client.lease_id, None)
             self.scheduler.end_lease(client.lease_id)
             client.lease_id = 0
+        if client is not None:
+            self.raylet.setups.worker_gone(client)
         self.settle_soon()
         return failing
 
@@ -170,22 +181,27 @@ class Leases:
         self.failing = [text, *(f"    {line}" for line in (process.stderr_tail() if process is not None else ()))]
         self.raylet.logs.tell_all(self.failing)
 
-    def assign(self, worker: Worker, client: Client, lease_id: int) -> None:
-        """Gives the worker to its job, if it is its first, and to a lease."""
+    def assign(
+        self, worker: Worker, client: Client, lease_id: int, num_cpus: float, environment: Environment | None
+    ) -> bool:
+        """Gives the worker to its job, if it is its first, and to a lease. True if it has an environment to apply now,
+        which is to be waited for (`setups.begin`)."""
         client.lease_id = lease_id
         client.since_ms = self._now()
         client.running = ""
         if client.job_id == worker.job_id:
-            return
+            return False
         client.job_id = worker.job_id
         job = self.raylet.clients.jobs.get(worker.job_id)
         process = self.raylet.processes.by_id.get(worker.worker_id)
         if process is not None and process.logs is not None:
             process.logs.job_id = worker.job_id
+        meaning = environment.meaning if environment is not None else ""
         if job is not None:
-            client.link.send(WorkerAssigned(job.job_id, job.sys_path, job.cwd, job.namespace))
+            client.link.send(WorkerAssigned(job.job_id, job.sys_path, job.cwd, job.namespace, meaning, num_cpus))
         else:
-            client.link.send(WorkerAssigned(worker.job_id))
+            client.link.send(WorkerAssigned(worker.job_id, environment=meaning, num_cpus=num_cpus))
+        return bool(meaning)
 
     def kill_idle_of(self, job_id: bytes) -> None:
         """The job is over: its idle workers end. Busy ones end with the owners of what they run."""
@@ -219,7 +235,10 @@ class Leases:
                 retriable = owner is None or grant.class_id not in owner.not_retriable
                 lease = GivenLease(grant.lease_id, grant.client, grant.class_id, grant.job_id, retriable)
                 self.given[grant.lease_id] = lease
-                pool.request(grant.lease_id, grant.job_id)
+                lease.num_cpus = grant.resources.get("CPU", 0.0)
+                lease.environment = raylet.setups.of_class(grant.client, grant.class_id)
+                key = lease.environment.key if lease.environment is not None else ""
+                pool.request(grant.lease_id, grant.job_id, environment=key)
             else:
                 raylet.actors.granted(grant.token, grant.lease_id)
         for token, worker in pool.match():
@@ -260,12 +279,37 @@ class Leases:
         owner = self.raylet.clients.by_id.get(lease.client_id)
         assert client is not None and owner is not None  # both leave the pool and the table when their links close
         lease.worker_id = worker.worker_id
-        self.assign(worker, client, lease.lease_id)
+        environment = lease.environment
+        if self.assign(worker, client, lease.lease_id, lease.num_cpus, environment):
+            assert environment is not None
+            self.raylet.setups.begin(client, environment, lambda error: self._set_up(lease, client, error), lease)
+        else:
+            self._grant(lease, client, owner)
+
+    def _grant(self, lease: GivenLease, client: Client, owner: Client) -> None:
         owner.link.send(
             LeaseGranted(
                 lease.class_id, lease.lease_id, client.worker_id, client.endpoint, self.raylet.node_id, client.pid
             )
         )
+
+    def _set_up(self, lease: GivenLease, client: Client, error: str) -> None:
+        """The worker of a lease has applied its environment, or could not."""
+        owner = self.raylet.clients.by_id.get(lease.client_id)
+        if error:
+            self.withdraw(lease)
+            if owner is not None:
+                owner.link.send(LeaseEnvironmentFailed(lease.class_id, error))
+        elif owner is not None and self.given.get(lease.lease_id) is lease:
+            self._grant(lease, client, owner)
+
+    def withdraw(self, failed: GivenLease) -> None:
+        """The environment of this lease's class can't be set up: nothing more is granted until it is asked for anew."""
+        self.scheduler.set_demand(failed.client_id, failed.class_id, 0)
+        for lease in list(self.given.values()):
+            if not lease.worker_id and (lease.client_id, lease.class_id) == (failed.client_id, failed.class_id):
+                self._end(lease)
+        self.settle_soon()
 
     def _fork(self, now_ms: float) -> None:
         for _ in range(self.pool.forks(now_ms)):

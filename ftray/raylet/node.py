@@ -112,8 +112,10 @@ class Node:
             raylet_endpoint=f"unix:{session_dir}/sockets/raylet.sock", gcs_endpoints=tuple(endpoints),
             arena_fd=arena.fd, arena_bytes=arena.size_bytes, token=token,
         )  # fmt: skip
-        store = StoreService(self.reactor, arena, node_id)
+        store = StoreService(self.reactor, arena, node_id, os.path.join(session_dir, "spill"))
+        self._parts.append(store.close)
         self.raylet = Raylet(self.reactor, self.info, self.gcs, store, template, template_spec)
+        self._parts.append(self.raylet.environments.close)
         self._parts.append(self.raylet.processes.forker.close)
         self.reactor.listen(self.info.raylet_endpoint, self._accept)
         self._registered_endpoint = self.info.raylet_endpoint

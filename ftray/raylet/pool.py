@@ -10,10 +10,12 @@ steady clock.
                              LEAVING
 
 Rules:
-- A worker that has served a job serves that job alone: its modules, globals and objects are the job's.
+- A worker that has served a job serves that job alone: its modules, globals and objects are the job's. The same goes
+  for the runtime environment that it has applied, or for none: it serves those who want exactly that.
 - Workers are kept warm: as many as the node has CPUs, and `extra` of them fresh (of no job) whatever else goes on, so
   that a killed one is replaced at once. Requests beyond that fork as many as they need.
 - Whoever idles longer than `idle_kill_ms` and is more than is kept is *asked* to leave; one that owns objects may stay.
+  Where idle workers crowd (each environment has its own), the oldest are asked sooner.
 - Workers that die before they register, more than one in a row, make the pool slow down (doubling pauses, one at a
   time), and after `FAILURES_MAX` it says so, once.
 
@@ -33,6 +35,8 @@ BACKOFF_FIRST_MS = 50.0
 BACKOFF_MAX_MS = 5_000.0
 STARTING_MAX = 32
 """No more than this many start at the same time."""
+CROWD = 8
+"""Idle workers beyond twice what is kept, and this, leave without waiting out their time."""
 
 
 class State(enum.IntEnum):
@@ -45,13 +49,15 @@ class State(enum.IntEnum):
 class Worker:
     """A worker process as the pool sees it."""
 
-    __slots__ = ("blocked", "dedicated", "job_id", "since_ms", "state", "worker_id")
+    __slots__ = ("blocked", "dedicated", "environment", "job_id", "since_ms", "state", "worker_id")
 
     def __init__(self, worker_id: bytes, now_ms: float) -> None:
         self.worker_id = worker_id
         self.state = State.STARTING
         self.job_id = b""
         """The job that it serves for good; empty while it is fresh."""
+        self.environment = ""
+        """The name of the runtime environment that it has applied, or is to apply; means nothing while it is fresh."""
         self.since_ms = now_ms
         self.dedicated = False
         """It is an actor, or about to become one."""
@@ -60,21 +66,22 @@ class Worker:
 
 
 class Request:
-    """Somebody who waits for a worker of a job."""
+    """Somebody who waits for a worker of a job, with an environment."""
 
-    __slots__ = ("dedicated", "job_id", "token")
+    __slots__ = ("dedicated", "environment", "job_id", "token")
 
-    def __init__(self, token: Hashable, job_id: bytes, dedicated: bool) -> None:
+    def __init__(self, token: Hashable, job_id: bytes, dedicated: bool, environment: str) -> None:
         self.token = token
         self.job_id = job_id
         self.dedicated = dedicated
+        self.environment = environment
 
 
 class WorkerPool:
     """See the module. `cpus` is rounded down; a node without CPUs keeps `extra` workers."""
 
     __slots__ = (
-        "_extra", "_fresh", "_idle", "_idle_kill_ms", "_keep", "_requests", "_retry_at_ms", "_starting",
+        "_extra", "_fresh", "_idle", "_idle_kill_ms", "_idle_number", "_keep", "_requests", "_retry_at_ms", "_starting",
         "_starting_max", "_task_busy", "_task_requests", "failures", "workers",
     )  # fmt: skip
 
@@ -88,8 +95,11 @@ class WorkerPool:
         self._starting_max = min(STARTING_MAX, max(4, 2 * int(cpus)))
         self._requests: dict[Hashable, Request] = {}
         self._fresh: dict[bytes, Worker] = {}
-        """Idle workers of no job, and, by job, idle ones of each: the last to have become idle is the next to work."""
-        self._idle: dict[bytes, dict[bytes, Worker]] = {}
+        """Idle workers of no job, and, by job and environment, idle ones of each: the last to have become idle is the
+        next to work."""
+        self._idle: dict[tuple[bytes, str], dict[bytes, Worker]] = {}
+        self._idle_number = 0
+        """How many those are."""
         self._starting = 0
         self._task_busy = 0
         self._task_requests = 0
@@ -132,21 +142,21 @@ class WorkerPool:
 
     # --- serving -----------------------------------------------------------------------------------------------------
 
-    def acquire(self, job_id: bytes, dedicated: bool = False) -> Worker | None:
+    def acquire(self, job_id: bytes, dedicated: bool = False, environment: str = "") -> Worker | None:
         """An idle worker for the job, which is busy from now on; None if there is none."""
-        idle = self._idle.get(job_id)
+        idle = self._idle.get((job_id, environment))
         source = idle or self._fresh
         if not source:
             return None
         worker = source[next(reversed(source))]
         self._take_idle(worker)
-        self._make_busy(worker, job_id, dedicated)
+        self._make_busy(worker, job_id, dedicated, environment)
         return worker
 
-    def request(self, token: Hashable, job_id: bytes, dedicated: bool = False) -> None:
+    def request(self, token: Hashable, job_id: bytes, dedicated: bool = False, environment: str = "") -> None:
         """Queues for a worker; `match` tells. The same token again changes nothing."""
         if token not in self._requests:
-            self._requests[token] = Request(token, job_id, dedicated)
+            self._requests[token] = Request(token, job_id, dedicated, environment)
             self._task_requests += not dedicated
 
     def cancel(self, token: Hashable) -> bool:
@@ -162,7 +172,7 @@ class WorkerPool:
         found: list[tuple[Hashable, Worker]] = []
         if self._requests and (self._fresh or self._idle):
             for request in list(self._requests.values()):
-                worker = self.acquire(request.job_id, request.dedicated)
+                worker = self.acquire(request.job_id, request.dedicated, request.environment)
                 if worker is not None:
                     self.cancel(request.token)
                     found.append((request.token, worker))
@@ -218,10 +228,15 @@ class WorkerPool:
         found: list[bytes] = []
         if surplus > 0:
             due = now_ms - self._idle_kill_ms
-            old = [worker for worker in self.workers.values() if worker.state is State.IDLE and worker.since_ms <= due]
+            crowd = self._idle_count() - 2 * self._keep - CROWD
+            old = [
+                worker
+                for worker in self.workers.values()
+                if worker.state is State.IDLE and (worker.since_ms <= due or crowd > 0)
+            ]
             old.sort(key=lambda worker: worker.since_ms)
             for worker in old:
-                if len(found) == surplus:
+                if len(found) == surplus or (worker.since_ms > due and len(found) >= crowd):
                     break
                 if not worker.job_id:
                     if fresh_surplus <= 0:
@@ -252,13 +267,14 @@ class WorkerPool:
     # --- inside ------------------------------------------------------------------------------------------------------
 
     def _idle_count(self) -> int:
-        return len(self._fresh) + sum(map(len, self._idle.values()))
+        return len(self._fresh) + self._idle_number
 
     def _make_idle(self, worker: Worker, now_ms: float) -> None:
         worker.state = State.IDLE
         worker.since_ms = now_ms
         if worker.job_id:
-            self._idle.setdefault(worker.job_id, {})[worker.worker_id] = worker
+            self._idle.setdefault((worker.job_id, worker.environment), {})[worker.worker_id] = worker
+            self._idle_number += 1
         else:
             self._fresh[worker.worker_id] = worker
 
@@ -266,14 +282,16 @@ class WorkerPool:
         if not worker.job_id:
             del self._fresh[worker.worker_id]
             return
-        idle = self._idle[worker.job_id]
+        idle = self._idle[worker.job_id, worker.environment]
         del idle[worker.worker_id]
+        self._idle_number -= 1
         if not idle:
-            del self._idle[worker.job_id]
+            del self._idle[worker.job_id, worker.environment]
 
-    def _make_busy(self, worker: Worker, job_id: bytes, dedicated: bool) -> None:
+    def _make_busy(self, worker: Worker, job_id: bytes, dedicated: bool, environment: str) -> None:
         worker.state = State.BUSY
         worker.job_id = job_id
+        worker.environment = environment
         worker.dedicated = dedicated
         worker.blocked = False
         self._count_busy(worker, 1)

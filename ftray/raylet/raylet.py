@@ -26,14 +26,17 @@ from ftray.gcs.state.commands import AddJob, DeathCauseRecord, FinishJob, Worker
 from ftray.gcs.state.tables import Code, JobRecord, Record, Result, Table
 from ftray.ids import JOB_ID_BYTES, WORKER_ID_BYTES, short
 from ftray.raylet.actors import CAUSE_WAIT_MS, Actors
+from ftray.raylet.asking import Asking
 from ftray.raylet.clients import Client, Clients, Job
 from ftray.raylet.deaths import Deaths, how
+from ftray.raylet.environments import Environments
 from ftray.raylet.forking import TemplateProcess, TemplateSpec
 from ftray.raylet.leases import Leases
 from ftray.raylet.logs import LogHub
 from ftray.raylet.memory_monitor import MemoryMonitor
 from ftray.raylet.pool import WorkerPool
 from ftray.raylet.processes import Process, Processes
+from ftray.raylet.setups import Setups
 from ftray.raylet.store_service import StoreService
 from ftray.scheduling.leases import LeaseScheduler
 from ftray.wire import messages as m
@@ -92,6 +95,8 @@ class Raylet:
         pool = WorkerPool(info.resources.get("CPU", 0.0), config.idle_workers_extra, config.idle_worker_kill_ms)
         self.leases = Leases(self, scheduler, pool)
         self.actors = Actors(self)
+        self.environments = Environments(self)
+        self.setups = Setups(self)
         self.processes = Processes(
             reactor, template, template_spec, self.logs, self._worker_start, self._process_exited, self._fork_failed,
             self.leases.settle_soon,
@@ -110,9 +115,11 @@ class Raylet:
             m.FreeObjects: store.free,
             m.AskDeathCause: self._ask_death_cause,
             m.TaskNames: self._task_names,
+            m.EnvironmentReady: self.setups.ready,
             m.KillWorker: self._kill_worker,
             m.Unregister: self._unregister,
         }
+        self.asking = Asking(reactor)
         self.memory = MemoryMonitor(self)
         self._handlers[m.DoomedSeen] = self.memory.seen
 
@@ -135,6 +142,8 @@ class Raylet:
             handler(client, message)
         elif type(message) is m.ActorReady:
             self.actors.ready(client, message, payload)
+        elif type(message) is m.ClientAnswer:
+            self.asking.answered(client, message, payload)
         else:
             raise ProtocolError(f"a raylet takes no {type(message).__name__} from a client")
 
@@ -225,7 +234,7 @@ class Raylet:
         worker = self.clients.by_id.get(message.worker_id)
         if worker is None:
             return
-        if self.leases.holder_of(worker) != client.worker_id:
+        if worker is not client and self.leases.holder_of(worker) != client.worker_id:
             log.warning("client %s wants a worker killed that it has not leased", short(client.worker_id))
             return
         self.processes.kill(message.worker_id, message.reason or "its owner wanted it killed")
@@ -261,6 +270,7 @@ class Raylet:
         if self.clients.by_id.get(worker_id) is client:
             del self.clients.by_id[worker_id]
         what = self.what_it_runs(client)
+        self.asking.gone(client, what)
         self.deaths.link_closed(client, what, reason)
         if client.driver:
             job = self.clients.jobs.get(client.job_id)

@@ -146,7 +146,7 @@ def clean_session(session_dir: str) -> None:
     """Removes what must not outlive the node: everything but the logs. Never raises."""
     for name in ("node.json", "node.json.new", "token"):
         _unlink(os.path.join(session_dir, name))
-    for name in ("sockets", "gcs"):
+    for name in ("sockets", "gcs", "spill", "environments"):
         _remove_tree(os.path.join(session_dir, name))
 
 

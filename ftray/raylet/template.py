@@ -40,7 +40,6 @@ MESSAGE_BYTES_MAX = 1 << 16
 LATER_MS = 500
 LATER = ("asyncio", "concurrent.futures")
 """Imported when nothing has been asked for `LATER_MS`: what many workers want, but not the first ones."""
-_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 _FDS = array("i")
 _PR_SET_PDEATHSIG, _PR_SET_NAME, _PR_SET_CHILD_SUBREAPER = 1, 15, 36
 
@@ -142,8 +141,6 @@ class Template:
         self._over = True
 
     def _warm_up(self) -> tuple[Any, Any]:
-        for name in _THREADS:
-            os.environ.setdefault(name, "1")
         loaded = [getattr(importlib.import_module(path), name) for path, _, name in self._names()]
         sys.modules["__main__"] = types.ModuleType("__main__")  # a worker's main program is not the node's
         sys.argv = [""]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ftray.exceptions import ProtocolError
 from ftray.gcs.state.tables import ActorRecord, JobRecord, NodeRecord, Record, Table
 from ftray.raylet.logs import list_logs, tail_log
+from ftray.raylet.tool_questions import QUESTIONS, ask_processes
 from ftray.wire.messages import Message, ToolQuery, ToolReply
 from ftray.wire.reactor import Link, Timer
 
@@ -42,6 +43,11 @@ class ToolHandler:
             if message.what == "status":
                 self._status(link, message.request)
                 return
+            if message.what in QUESTIONS:
+                ask_processes(
+                    self._raylet, message.what, arguments, lambda answer: _reply(link, message.request, answer)
+                )
+                return
             answer = self._simple(message.what, arguments)
         except ValueError as error:
             link.send(ToolReply(message.request, str(error)))
@@ -63,11 +69,10 @@ class ToolHandler:
             if not isinstance(name, str) or not isinstance(lines, int):
                 raise ValueError("log_tail needs the name of a file, and the number of lines as a whole number")
             return {"file": name, "lines": tail_log(raylet.logs.directory, name, lines)}
-        if what == "memory":
-            return {"store": raylet.store.usage(), "objects": raylet.store.rows()}
         if what == "stop":
             return {"stopping": True, "pid": os.getpid()}
-        raise ValueError(f"{what!r} is no query: ask for status, logs, log_tail, memory or stop")
+        known = ", ".join(("status", "logs", "log_tail", *QUESTIONS))
+        raise ValueError(f"{what!r} is no query: ask for {known} or stop")
 
     # --- status -------------------------------------------------------------------------------------------------------
 

@@ -342,6 +342,14 @@ class ObjectTable:
         """Clients that have pinned anything."""
         return [client for client in self._clients if client != DISK]
 
+    def size_of(self, object_id: bytes) -> int:
+        """The size of an object that can be found. Raises KeyError for others."""
+        return self._objects[object_id].size
+
+    def rounded(self, size: int) -> int:
+        """What so many bytes take up in memory."""
+        return self._allocator.rounded(size)
+
     @property
     def capacity_bytes(self) -> int:
         return self._allocator.capacity_bytes

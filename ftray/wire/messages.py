@@ -302,7 +302,7 @@ class ActorReady(Message, tag=33):
 
 
 class KillWorker(Message, tag=34):
-    """An owner asks to SIGKILL a worker it has leased (forced cancel)."""
+    """An owner asks to SIGKILL a worker it has leased, or a worker itself (forced cancel)."""
 
     worker_id: bytes
     reason: str

@@ -41,6 +41,7 @@ ACCEPT_PAUSE_MS = 100
 """How long nobody is accepted after the process ran out of descriptors."""
 RECEIVE_BYTES = 65536
 """Below malloc's mmap threshold: a larger buffer costs page faults on each receive."""
+REST_READS_MAX = 64
 
 
 class Handler(Protocol):
@@ -70,7 +71,7 @@ class Link:
 
     __slots__ = (
         "accept_handler", "closed", "decoder", "dirty", "error", "fd", "handler", "handshake", "hello", "incoming",
-        "on_open", "out", "peer", "reactor", "role", "sock", "tag", "watchdog", "writing",
+        "on_drained", "on_open", "out", "peer", "reactor", "role", "sock", "tag", "watchdog", "writing",
     )  # fmt: skip
 
     def __init__(self, reactor: Reactor, sock: socket.socket, handler: Handler | None, role: int) -> None:
@@ -86,6 +87,8 @@ class Link:
         """Why the handshake or a message was refused, for `on_closed`."""
         self.handshake: ClientHandshake | ServerHandshake | None = None
         self.on_open: Callable[[Link], None] | None = None
+        self.on_drained: Callable[[Link], None] | None = None
+        """Told when output that the socket did not take at once has gone out."""
         self.accept_handler: Callable[[Link], Handler | None] | None = None
         self.hello = b""
         """What goes out as soon as a TCP connection is there."""
@@ -187,6 +190,8 @@ class Reactor:
         self.refused = 0
         """Links closed for what came over them (garbage, wrong token, ...)."""
         self.on_earlier_timer: Callable[[], None] | None = None
+        self.closed = False
+        """A thread that waited while another one closed finds out here."""
         self._epoll = select.epoll()
         self._gate = select.epoll()
         self._gate.register(self._epoll.fileno(), EPOLLIN)
@@ -206,7 +211,8 @@ class Reactor:
         self._gate.modify(self._epoll.fileno(), 0)
 
     def open_gate(self) -> None:
-        self._gate.modify(self._epoll.fileno(), EPOLLIN)
+        if not self.closed:
+            self._gate.modify(self._epoll.fileno(), EPOLLIN)
 
     def poll(self, timeout_s: float) -> bool:
         """Waits for events, handles them, runs due timers. The caller holds `reader` and not `lock`.
@@ -243,12 +249,23 @@ class Reactor:
                     continue
                 if not link.writing:
                     self.rearm(link)
+                    if link.on_drained is not None and not link.out:
+                        self._tell_drained(link)
             if event & ~EPOLLOUT:
                 self._receive(link)
         if self._timers:
             self.run_timers()
         if self.dirty:
             self.flush_dirty()
+
+    def _tell_drained(self, link: Link) -> None:
+        assert link.on_drained is not None
+        try:
+            link.on_drained(link)
+        except Exception as error:  # it costs this link, as an error in `on_message` does
+            log.exception("%s: on_drained failed", self.name)
+            self.handler_errors.append(repr(error))
+            self.drop(link, f"internal error: {error!r}")
 
     def flush_dirty(self) -> None:
         """Flushes all links that have output, under the lock."""
@@ -374,6 +391,13 @@ class Reactor:
             self.drop(link, "closed by the peer" + cut)
             return
         self.received(link, data)
+
+    def read_rest(self, link: Link) -> None:
+        """Handles what the peer of a link has sent before it died, under the lock. Bounded: it may be somebody else."""
+        for _ in range(REST_READS_MAX):
+            if link.closed:
+                return
+            self._receive(link)
 
     def received(self, link: Link, data: bytes) -> None:
         """Handles bytes that arrived on a link, under the lock."""
@@ -543,6 +567,7 @@ class Reactor:
         for sock, _ in self._listeners.values():
             sock.close()
         self.links.clear()
+        self.closed = True
         self._gate.close()
         self._epoll.close()
 
@@ -561,5 +586,6 @@ class Reactor:
         self._listeners.clear()
         self._callbacks.clear()
         self._timers.clear()
+        self.closed = True
         self._gate.close()
         self._epoll.close()

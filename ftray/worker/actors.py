@@ -1,21 +1,21 @@
-"""Actors made and called by this process: creation, calls, restarts, end of scope.
+"""Actors called by this process: one channel to each, restarts, deaths. What it makes itself is in `actor_creation.py`.
 
 Role: shell around `ownership/calls.py`. An actor's life is the GCS's business; this process watches the actors that it
 has handles of, connects to where they live, and pushes calls over one channel each. Handles are counted as references
 to the actor's handle object (return 0 of its creation); when that is freed at the owner, the actor goes out of scope.
 
-Calls in flight when the channel closes wait for the GCS's word on the cause, so that the error says what happened.
+Rules: calls in flight when the channel closes wait for the GCS's word on the cause: the error says what happened.
+What a dead process has answered before its end counts: its channel is read to the end before its calls are given up.
+No more than `out_max` bytes of calls wait to be written: an actor that reads slowly must not cost it its channel.
 
 Rejected: calls through the raylet (two hops more); asking the GCS for each call.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
-
-import msgspec
 
 from ftray.exceptions import (
     ActorDiedError,
@@ -24,31 +24,25 @@ from ftray.exceptions import (
     DeathCause,
     FtrayError,
     GcsUnavailableError,
+    PendingCallsLimitExceeded,
+    RuntimeEnvSetupError,
 )
-from ftray.gcs.state.commands import ActorOutOfScope, DeathCauseRecord, KillActor, KvDelete, RegisterActor
+from ftray.gcs.state.commands import DeathCauseRecord, KillActor, KvDelete
 from ftray.gcs.state.tables import ActorRecord, ActorState, DeathKind
 from ftray.ids import RETURN_INDEX, return_id
 from ftray.ownership.calls import ALIVE, DEAD, RESTARTING, ActorCalls
 from ftray.ownership.references import Entry
-from ftray.ownership.tasks import FunctionInfo, TaskRecord
+from ftray.ownership.tasks import TaskRecord
+from ftray.runtime_env import SETUP
 from ftray.wire.frames import PREFIX
 from ftray.wire.handshake import ROLE_TASK
-from ftray.wire.messages import (
-    ActorCreation,
-    Dependency,
-    Message,
-    PushActorTask,
-    TaskDone,
-    TaskFailed,
-    TaskReturns,
-    encode,
-)
+from ftray.wire.messages import Message, PushActorTask, TaskDone, TaskFailed, TaskReturns, TaskYield, encode
 from ftray.wire.reactor import Link
 from ftray.worker import waiting
-from ftray.worker.failures import load_task_error
+from ftray.worker.call_sites import note_site
+from ftray.worker.actor_creation import ActorCreator
 from ftray.worker.gcs_access import HANDLES
 from ftray.worker.objects import Answer
-from ftray.worker.peers import value_of
 from ftray.worker.submit import FLUSH_BYTES, DependencyWaiter
 from ftray.worker.waiting import block
 
@@ -60,7 +54,8 @@ log = logging.getLogger("ftray.worker")
 INDEX0 = RETURN_INDEX[0]
 _STATES = {ActorState.ALIVE: ALIVE, ActorState.RESTARTING: RESTARTING, ActorState.DEAD: DEAD}
 LOOK_AGAIN_MS = 1_000
-NONE_PICKLED = b"\x80\x05N."
+OUT_BYTES_MAX = 16 << 20
+"""No call is added to a channel's output while more than this waits to be written."""
 
 
 def cause_of(record: DeathCauseRecord | None) -> DeathCause | None:
@@ -73,131 +68,18 @@ def cause_of(record: DeathCauseRecord | None) -> DeathCause | None:
     )  # fmt: skip
 
 
-class CreationWaiter:
-    """Counts down the references among a constructor's arguments."""
-
-    __slots__ = ("fn", "left")
-
-    def __init__(self, left: int, fn: Callable[[], None]) -> None:
-        self.left = left
-        self.fn = fn
-
-    def ready(self, object_id: bytes, entry: Entry) -> None:
-        self.left -= 1
-        if self.left == 0:
-            self.fn()
-
-
 class ActorClient:
     """See the module. Methods run under the core's lock unless they say otherwise."""
 
     def __init__(self, core: Core) -> None:
         self.core = core
         self.calls: dict[bytes, ActorCalls] = {}
-        self.created: dict[bytes, tuple[bytes, ...]] = {}
-        """Actors made here and not detached -> the object ids that their constructors' arguments hold."""
         self.doomed: dict[bytes, list[TaskRecord]] = {}
+        """Calls that a lost channel has left unanswered, until the GCS says why."""
+        self.out_max = OUT_BYTES_MAX
+        self.creation = ActorCreator(self)
 
-    # --- creation ----------------------------------------------------------------------------------------------------
-
-    def create(
-        self,
-        creation: ActorCreation,
-        register: RegisterActor,
-        deps: tuple[tuple[int | str, bytes], ...],
-        holds: tuple[bytes, ...],
-        wait: bool,
-    ) -> bytes:
-        """Registers an actor, and returns its id (another's with `get_if_exists`). Not under the lock.
-
-        With `wait` (named actors) the GCS's answer is waited for. Raises ValueError when the name is taken.
-        """
-        core = self.core
-        actor_id = creation.task_id
-        answer = Answer()
-
-        def answered(result: Any) -> None:
-            if result is None:
-                self._dead(
-                    actor_id, GcsUnavailableError(f"actor {creation.class_name} was not created: no GCS answers")
-                )
-            elif result.code and not wait:
-                self._dead(
-                    actor_id, ActorDiedError(f"it was not created: {result.message}", class_name=creation.class_name)
-                )
-            answer.give(result)
-
-        def send() -> None:
-            inline: list[bytes] = []
-            packed: list[Dependency] = []
-            for position, object_id in deps:
-                entry = core.entries[object_id]
-                if entry.state == waiting.FAILED:
-                    error: Any = entry.value
-                    self._dead(actor_id, error)
-                    answer.give(None)
-                    return
-                value, data = value_of(entry)
-                packed.append(
-                    Dependency(
-                        position, object_id, entry.owner or core.worker_id, entry.owner_endpoint or core.endpoint, value
-                    )
-                )
-                inline.append(data)
-            creation.deps, creation.inline = tuple(packed), tuple(inline)
-            core.gcs.command(_with_creation(register, creation), answered)
-
-        with core.lock:
-            core.drain()
-            entry = core.table.add_owned(actor_id + INDEX0)
-            if entry.state == waiting.PENDING:
-                core.objects.resolve(actor_id + INDEX0, entry, waiting.INLINE, NONE_PICKLED)
-            if holds:
-                core.table.add_submitted(holds)
-            self.watch(actor_id, creation.class_name).name_kept = bool(register.name)
-            if not register.detached:
-                self.created[actor_id] = holds
-            left = 0
-            waiter = CreationWaiter(0, send)
-            for _, object_id in deps:
-                dep = core.entries[object_id]
-                if dep.state == waiting.PENDING:
-                    left += 1
-                    core.objects.hang(object_id, dep, waiter)
-            waiter.left = left
-            if not left:
-                send()
-            core.tick_soon()
-            core.settle()
-        if not wait:
-            return actor_id
-        block(core.reactor, answer.waiter, None)
-        result = answer.message
-        if result is None:
-            with core.lock:
-                cause = calls.cause if (calls := self.calls.get(actor_id)) is not None else None
-                self.not_made(actor_id)
-                core.table.remove_local(actor_id + INDEX0)
-                core.settle()
-            if isinstance(cause, bytes):
-                raise load_task_error(cause)
-            if isinstance(cause, Exception):
-                raise cause
-            raise GcsUnavailableError(f"actor {creation.class_name} could not be registered")
-        if result.code:
-            with core.lock:
-                self.not_made(actor_id)
-                core.table.remove_local(actor_id + INDEX0)
-                core.settle()
-            core.check_open()
-            raise ValueError(f"actor {register.name!r} cannot be created: {result.message}")
-        return actor_id if not result.value else bytes(result.value)
-
-    def not_made(self, actor_id: bytes) -> None:
-        """The name is another actor's: there is nothing to end."""
-        self._let_go_of_arguments(actor_id)
-        self.created.pop(actor_id, None)
-        self._forget(actor_id)
+    # --- handles -----------------------------------------------------------------------------------------------------
 
     def watch(self, actor_id: bytes, class_name: str) -> ActorCalls:
         """The call queue of an actor, made (and its record watched) at first use."""
@@ -206,24 +88,21 @@ class ActorClient:
             calls = ActorCalls(actor_id, class_name, actor_id + INDEX0)
             self.calls[actor_id] = calls
             self.core.gcs.watch_actor(actor_id, self.changed)
+        calls.unowned = False
         return calls
 
     def handle_freed(self, object_id: bytes) -> None:
         """No handle is left, here or (for an actor made here) anywhere."""
-        actor_id = object_id[:16]
-        if actor_id not in self.calls:
+        calls = self.calls.get(object_id[:16])
+        if calls is None:
             return
-        holds = self.created.pop(actor_id, None)
-        if holds is not None:
-            if holds:
-                self.core.table.remove_submitted(holds)
-            if self.calls[actor_id].name_kept:
-                self.core.gcs.command(KvDelete(HANDLES, actor_id), lambda result: None)
-            if self.calls[actor_id].state != DEAD:
-                self.core.gcs.command(ActorOutOfScope(actor_id, self.core.worker_id), lambda result: None)
-        self._forget(actor_id)
+        if self.creation.handle_freed(calls):
+            self.forget(calls.actor_id)
+        else:
+            calls.unowned = True
 
-    def _forget(self, actor_id: bytes) -> None:
+    def forget(self, actor_id: bytes) -> None:
+        """Nothing here needs the actor any more."""
         calls = self.calls.pop(actor_id, None)
         if calls is not None:
             self.core.gcs.unwatch_actor(actor_id)
@@ -233,7 +112,10 @@ class ActorClient:
                 link.close("no handle is left")
 
     def kill(self, actor_id: bytes, no_restart: bool) -> None:
-        """Ends an actor now. Not under the lock. Raises GcsUnavailableError."""
+        """Ends an actor now: no later call of this process is answered by it. Not under the lock.
+
+        Raises GcsUnavailableError.
+        """
         core = self.core
         answer = Answer()
         with core.lock:
@@ -244,38 +126,72 @@ class ActorClient:
         if answer.message is None:
             raise GcsUnavailableError("the actor could not be killed: no GCS answers")
         core.check_open()
+        # Its record's change was told before the answer, unless this process reads too slowly for the watch.
+        with core.lock:
+            calls = self.calls.get(actor_id)
+            if no_restart and not answer.message.code and calls is not None and calls.state != DEAD:
+                error = ActorDiedError("killed by ftray.kill", actor_id=actor_id.hex(), class_name=calls.name)
+                self.dead(actor_id, error)
+                core.settle()
 
     # --- calls -------------------------------------------------------------------------------------------------------
 
     def submit(self, calls: ActorCalls, task: TaskRecord, payload: bytes) -> None:
-        """Sends a call on its way, in order. Not under the lock."""
+        """Sends a call on its way, in order. Not under the lock. Raises PendingCallsLimitExceeded."""
         core = self.core
         task_id = task.task_id
         task.actor = calls
         if not task.deps:
-            header = encode(PushActorTask(task_id, calls.actor_id, task.method, task.num_returns, 0, len(payload)))
+            header = encode(
+                PushActorTask(
+                    task_id, calls.actor_id, task.method, task.num_returns, 0, len(payload), (), task.group,
+                    task.ahead_max,
+                )
+            )  # fmt: skip
             task.frame = PREFIX.pack(len(header), len(payload)) + header + payload
         with core.lock:
             if core.released:
                 core.drain()
             if core.closed:
                 raise FtrayError(f"this session is over: {core.close_reason}")
+            if calls.pending_max >= 0 and calls.full:
+                raise PendingCallsLimitExceeded(
+                    f"{calls.unfinished} calls of this process to actor {calls.name} are unfinished, and "
+                    f"max_pending_calls is {calls.pending_max}: get some of their results before calling on"
+                )
             if task.num_returns == 1:
                 core.entries[task_id + INDEX0] = Entry(None, "", 1)
+            elif task.num_returns < 0:
+                core.streams.open(task)
             else:
                 for index in range(task.num_returns):
                     core.table.add_owned(return_id(task_id, index))
             core.table.add_submitted(task.holds)
             if not core._ticking:
                 core.tick_soon()
+            if core.sites is not None:
+                note_site(core, task_id + INDEX0)
             if calls.state == DEAD:
                 core.submitter.fail(task, self._death_error(calls))
                 return
+            link = calls.link
             if task.deps:
                 self._hang(task, payload)
-            calls.queue.append(task)
-            if calls.link is not None:
-                self.pump(calls)
+                calls.submit(task)
+                if link is not None:
+                    self.pump(calls)
+            elif link is not None and len(link.out) < self.out_max and calls.go(task):
+                out = link.out
+                out += task.frame
+                if len(calls.inflight) == 1 or len(out) > FLUSH_BYTES:
+                    link.flush()
+                elif not link.dirty:
+                    link.dirty = True
+                    core.reactor.dirty.append(link)
+            else:
+                calls.submit(task)
+                if task.group and link is not None:
+                    self.pump(calls)
             if core.table.effects or core.objects.resolving:
                 core.settle()
 
@@ -294,41 +210,45 @@ class ActorClient:
             core.submitter.unfinished[task.task_id] = task
 
     def drop_call(self, task: TaskRecord) -> None:
-        """A queued call will not be made: an argument has failed."""
+        """A call that waits for its turn or its arguments will not be made."""
         calls: ActorCalls = task.actor
-        if task in calls.queue:
-            calls.queue.remove(task)
+        calls.take_out(task)
         self.pump(calls)
 
     def pump(self, calls: ActorCalls) -> None:
         """Sends what may go now."""
-        calls.pump()
         link = calls.link
-        pushes = calls.pushes
-        if not pushes or link is None:
+        if link is None:
             return
         submitter = self.core.submitter
-        batch = pushes[:]
-        pushes.clear()
+        entries = self.core.entries
         out = link.out
-        first = len(calls.inflight) == len(batch)
-        dropped = False
-        for task in batch:
+        first = not calls.inflight
+        more = False
+        while len(out) < self.out_max:
+            task = calls.take()
+            if task is None:
+                break
             if task.deps:
-                failed = next((e for _, x in task.deps if (e := self.core.entries[x]).state == waiting.FAILED), None)
+                failed = next((e for _, x in task.deps if (e := entries[x]).state == waiting.FAILED), None)
                 if failed is not None:
-                    calls.inflight.pop(task.task_id, None)
+                    calls.done(task.task_id)
                     submitter.fail(task, failed.value)
-                    dropped = True
                     continue
             out += task.frame if task.attempt == 0 and task.frame else submitter.frame(task)
+            more = True
+        if not more:
+            return
         if first or len(out) > FLUSH_BYTES:
             link.flush()
         elif not link.dirty:
             link.dirty = True
             self.core.reactor.dirty.append(link)
-        if dropped and calls.queue:
-            self.pump(calls)  # what failed here has made room, and no reply will come that would pump again
+
+    def _drained(self, link: Link) -> None:
+        """All that waited for the socket is written: what was held back for that may follow."""
+        if isinstance(link.tag, ActorCalls):
+            self.pump(link.tag)
 
     # --- replies -----------------------------------------------------------------------------------------------------
 
@@ -338,9 +258,14 @@ class ActorClient:
             return
         core = self.core
         kind = type(message)
+        if kind is TaskYield:
+            core.streams.item(message, payload, calls.worker_id, calls.endpoint)  # type: ignore[arg-type]
+            return
         task_id: bytes = message.task_id  # type: ignore[attr-defined]
         task = calls.inflight.pop(task_id, None)
-        if calls.queue:
+        if task is not None and task.group:
+            calls.left_lane(task)
+        if calls.queue or calls.lanes:
             self.pump(calls)
         if task is None:
             return
@@ -374,42 +299,51 @@ class ActorClient:
         if calls is None or record is None:
             return
         state = _STATES.get(record.state, calls.state if calls.state != ALIVE else RESTARTING)
-        cause: Any = None
-        if record.state == ActorState.DEAD:
-            cause = record
         link = calls.link
+        if link is not None and (state == DEAD or (state == ALIVE and record.incarnation > calls.linked)):
+            # The old life's channel may not have been read to its end yet: what was answered was answered.
+            self.core.reactor.read_rest(link)
+            link = calls.link
         renewed = False
+        cause: Any = record if state == DEAD else None
         if calls.update(state, record.incarnation, record.worker_id, record.node_id, record.endpoint, cause):
             renewed = True
             if link is not None:
-                # The old life's channel may not have closed yet; its calls are settled by its loss.
                 link.tag = None
-                self._lost(calls, "the actor was restarted")
+                self._lost(calls)
                 link.close("the actor was restarted")
             self._connect(calls)
         if actor_id in self.doomed and (calls.state != ALIVE or renewed):
             self._fail_doomed(calls)
         if calls.state == DEAD:
+            if record.detached and record.name:
+                # Nobody owns it who would do so. All who watch it say the same; once is enough.
+                self.core.gcs.command(KvDelete(HANDLES, actor_id), _ignored)
             self._end(calls)
         elif record.state == ActorState.ALIVE and 0 <= record.max_restarts <= record.restarts:
-            self._let_go_of_arguments(actor_id)  # no constructor will run again
+            self.creation.let_go(actor_id)
+        if calls.unowned and actor_id not in self.creation.holds:
+            self.forget(actor_id)
 
     def _connect(self, calls: ActorCalls) -> None:
         core = self.core
         try:
             link = core.reactor.connect(calls.endpoint, ROLE_TASK, self)
         except OSError:
-            return  # it has died again: the GCS will say so
+            self._look_again(calls)  # it has died again, as the GCS will say, or too many connect at once
+            return
+        self.out_max = min(OUT_BYTES_MAX, core.config.output_backlog_bytes_max // 4)
         link.tag = calls
+        link.on_drained = self._drained
         link.send(core.peers.hello())
-        calls.link = link
+        calls.connected(link)
         self.pump(calls)
         link.flush()
 
     def on_closed(self, link: Link, reason: str) -> None:
         calls = link.tag
         if isinstance(calls, ActorCalls) and calls.link is link:
-            self._lost(calls, reason)
+            self._lost(calls)
             if calls.state != ALIVE:
                 self._fail_doomed(calls)
             else:
@@ -425,12 +359,10 @@ class ActorClient:
             if same and calls.state == ALIVE and calls.link is None:
                 self._fail_doomed(calls)
                 self._connect(calls)
-                if calls.link is None:
-                    self._look_again(calls)
 
         self.core.reactor.call_later(LOOK_AGAIN_MS, again)
 
-    def _lost(self, calls: ActorCalls, reason: str) -> None:
+    def _lost(self, calls: ActorCalls) -> None:
         failed = calls.lost()
         if failed:
             self.doomed.setdefault(calls.actor_id, []).extend(failed)
@@ -438,7 +370,7 @@ class ActorClient:
     def _fail_doomed(self, calls: ActorCalls) -> None:
         for task in self.doomed.pop(calls.actor_id, ()):
             if calls.state == DEAD:
-                self.core.submitter.fail(task, self._death_error(calls))
+                self.core.submitter.fail(task, self._death_error(calls, task))
             else:
                 error = ActorUnavailableError(
                     f"its process died while it ran {calls.name}.{task.method}; it is being restarted",
@@ -450,22 +382,26 @@ class ActorClient:
         if calls.link is not None:
             link = calls.link
             link.tag = None
-            self._lost(calls, "the actor is dead")
+            self._lost(calls)
             link.close("the actor is dead")
         self._fail_doomed(calls)
         for task in calls.take_all():
             self.core.submitter.fail(task, self._death_error(calls))
-        self._let_go_of_arguments(calls.actor_id)
+        self.creation.let_go(calls.actor_id)
         self.core.run_effects()
 
-    def _let_go_of_arguments(self, actor_id: bytes) -> None:
-        holds = self.created.get(actor_id)
-        if holds:
-            self.created[actor_id] = ()
-            self.core.table.remove_submitted(holds)
-            self.core.run_effects()
+    def dead(self, actor_id: bytes, error: object) -> None:
+        """An actor has failed before the GCS knew it, or is known to be dead before the GCS says so."""
+        calls = self.calls.get(actor_id)
+        if calls is not None:
+            calls.state = DEAD
+            calls.cause = error
+            self._end(calls)
 
-    def _death_error(self, calls: ActorCalls) -> Exception:
+    # --- explaining --------------------------------------------------------------------------------------------------
+
+    def _death_error(self, calls: ActorCalls, task: TaskRecord | None = None) -> Exception:
+        """Why a call can't be answered. `task` is one that was in flight when the actor died."""
         record = calls.cause
         if isinstance(record, Exception):
             return record
@@ -477,37 +413,34 @@ class ActorClient:
         cause = cause_of(record.cause)
         if record.kind == DeathKind.CREATION_FAILED:
             text = cause.reason if cause is not None else ""
+            if cause is not None and cause.what == SETUP:
+                return RuntimeEnvSetupError(
+                    f"actor {calls.name} was not created: its runtime environment could not be set up: {text}"
+                )
             return ActorDiedError(f"its constructor raised\n{text}", actor_id=actor_id, class_name=calls.name)
         if record.kind == DeathKind.UNSCHEDULABLE:
             return ActorUnschedulableError(cause.reason if cause else "", actor_id=actor_id, class_name=calls.name)
         if record.kind == DeathKind.WORKER_DIED and cause is not None:
+            # Where calls run in their order it was the oldest; else any of them may have run.
+            method = task.method if task is not None and calls.out_of_order else calls.ran
+            if method and cause.what == calls.name:
+                cause = dataclasses.replace(cause, what=f"{calls.name}.{method}")
             return ActorDiedError(cause, actor_id=actor_id, class_name=calls.name)
         reason = cause.reason if cause is not None and cause.reason else str(record.kind).replace("_", " ")
+        if record.kind == DeathKind.EXITED:
+            reason = f"the actor exited: {reason}"
         return ActorDiedError(reason, actor_id=actor_id, class_name=calls.name)
-
-    def _dead(self, actor_id: bytes, error: object) -> None:
-        calls = self.calls.get(actor_id)
-        if calls is not None:
-            calls.state = DEAD
-            calls.cause = error
-            self._end(calls)
 
     def describe(self, task_id: bytes) -> str:
         """What a pending call waits for, in words; empty when it is no call of ours."""
         for calls in self.calls.values():
             if task_id in calls.inflight:
                 return f"{calls.name}.{calls.inflight[task_id].method}, running or queued in the actor"
-            for task in calls.queue:
+            for task in calls.queued():
                 if task.task_id == task_id:
                     return f"{calls.name}.{task.method}, which waits for the actor ({calls.state.lower()})"
         return ""
 
 
-def _with_creation(register: RegisterActor, creation: ActorCreation) -> RegisterActor:
-
-    return msgspec.structs.replace(register, creation=msgspec.msgpack.encode(creation))
-
-
-def method_info(class_name: str, method: str) -> FunctionInfo:
-    """A method as errors name it."""
-    return FunctionInfo(b"", f"{class_name}.{method}")
+def _ignored(result: Any) -> None:
+    """Whatever the answer, there is nothing to be done about it."""

@@ -7,6 +7,7 @@ Role: shell. `Core` ties the parts together and runs the effects of the referenc
 - `actors.ActorClient`: actors made and called here
 - `peers.Peers`: other workers: borrowing, values that a borrower asks for
 - `raylet_client.RayletClient`: the link to this node's raylet
+- `cancelling.Canceller`: cancels tasks submitted here
 - `execution.Executor`: in workers, runs what is pushed
 
 Rules: whoever holds `lock` neither blocks nor calls user code nor serialises. Each entry from a user thread begins with
@@ -48,11 +49,13 @@ from ftray.wire.reactor import Reactor
 
 if TYPE_CHECKING:
     from ftray.worker.actors import ActorClient
+    from ftray.worker.cancelling import Canceller
     from ftray.worker.execution import Executor
     from ftray.worker.gcs_access import GcsAccess
     from ftray.worker.objects import ObjectPlane
     from ftray.worker.peers import Peers
     from ftray.worker.raylet_client import RayletClient
+    from ftray.worker.streams import Streams
     from ftray.worker.submit import Submitter
 
 log = logging.getLogger("ftray.worker")
@@ -61,7 +64,7 @@ log = logging.getLogger("ftray.worker")
 class TaskContext:
     """What runs in the current thread or coroutine: the parent of whatever it submits."""
 
-    __slots__ = ("_prefix", "actor_id", "attempt", "counter", "function_name", "task_id")
+    __slots__ = ("_prefix", "actor_id", "attempt", "cancelled", "counter", "function_name", "task_id")
 
     def __init__(self, prefix: bytes, task_id: bytes, attempt: int = 0, name: str = "", actor_id: bytes = b"") -> None:
         self._prefix = prefix
@@ -70,6 +73,8 @@ class TaskContext:
         self.attempt = attempt
         self.function_name = name
         self.actor_id = actor_id
+        self.cancelled = False
+        """Somebody wants it cancelled: it may ask, and end."""
 
     @property
     def prefix(self) -> bytes:
@@ -95,8 +100,10 @@ class Core:
     submitter: Submitter
     actors: ActorClient
     peers: Peers
+    streams: Streams
     raylet: RayletClient
     gcs: GcsAccess
+    canceller: Canceller
     executor: Executor | None
 
     def __init__(
@@ -117,11 +124,15 @@ class Core:
         self.node_id = b""
         self.job_id = b""
         self.namespace = ""
+        self.environment = ""
+        """The runtime environment of this process as its children inherit it (of a driver: its job's), packed; JSON."""
         self.raylet_endpoint = ""
         self.root_context = TaskContext(b"", b"")
         self.executor = None
         self.closed = False
         self.close_reason = ""
+        self.sites: dict[bytes, str] | None = None
+        """Where objects were made, for `ftray memory`; None unless `record_call_sites` is set."""
         self.log_sink: Callable[[Any], None] | None = None
         self.callbacks = concurrent.futures.ThreadPoolExecutor(4, "ftray-callback")
         """Runs what calls user code when an object is ready; its threads start with the first use."""
@@ -129,6 +140,14 @@ class Core:
         self._thread: threading.Thread | None = None
         self._trio_token: trio.lowlevel.TrioToken | None = None
         self._stop_scope: trio.CancelScope | None = None
+
+        self.adopt_config(config)
+
+    def adopt_config(self, config: Config) -> None:
+        """The settings of the session, which a driver learns when it registers."""
+        self.config = config
+        if config.record_call_sites and self.sites is None:
+            self.sites = {}
 
     # --- entries ----------------------------------------------------------------------------------------------------
 

@@ -43,13 +43,17 @@ from ftray.wire.messages import (
 )
 from ftray.wire.reactor import Link, Reactor
 from ftray.worker.actor_birth import become_actor
+from ftray.worker.cancelling import WorkerCancels
 from ftray.worker.core import Core, current_task, task_context
+from ftray.worker.environment import apply_environment, enter_job
 from ftray.worker.failures import load_task_error
 from ftray.worker.inheritance import end_child
+from ftray.worker.interrupts import TaskInterrupts, interruptible
 from ftray.worker.objects import Answer
 from ftray.worker.replies import Replies
 from ftray.worker.serialization import deserialize, deserialize_args, loading_refs
 from ftray.worker.submit import FUNCTIONS
+from ftray.worker.task_events import TaskEvents
 from ftray.worker.waiting import block
 
 if TYPE_CHECKING:
@@ -60,6 +64,7 @@ log = logging.getLogger("ftray.worker")
 FLUSH_BYTES = 65536
 FLUSH_AFTER_S = 0.001
 TICK_MS = 5
+WRITE_OUT_S = 2.0
 IDLE_EXIT = "idle"
 """The reason in `ExitWorker` that a worker may refuse."""
 
@@ -113,6 +118,7 @@ class Executor:
         self.actor_id = b""
         self.incarnation = 0
         self.replies = Replies(self)
+        self.events = TaskEvents(core.config.task_events_max, self.function_name)
         self.dead_callers: deque[bytes] = deque()
         self.ticking = False
         self.ran = 0
@@ -120,7 +126,13 @@ class Executor:
         self.blocked_threads = 0
         self.forked = False
         self.exiting = ""
+        self.exit_code = 0
+        """Other than 0, the end is no clean exit: an actor that ends so may be restarted."""
         self.running: PushTask | PushActorTask | None = None
+        self.cancelled: set[bytes] = set()
+        """Tasks and calls here that their owners have cancelled, until they are answered."""
+        self.cancels = WorkerCancels(self)
+        self.interrupts = TaskInterrupts(self)
         self.main_thread = get_ident()
         self.streams: list[Any] = []
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -140,20 +152,8 @@ class Executor:
 
     def from_raylet(self, message: Message, payload: bytes) -> None:
         """From the loop, under the core's lock."""
-        core = self.core
         if isinstance(message, WorkerAssigned):
-            core.job_id = message.job_id
-            core.namespace = message.namespace
-            for path in reversed(message.sys_path):
-                if path not in sys.path:
-                    sys.path.insert(0, path)
-            if message.cwd:
-                try:
-                    os.chdir(message.cwd)
-                except OSError as error:
-                    log.warning("cannot enter the driver's directory %s: %s", message.cwd, error)
-            if self.assigned.message is None:
-                self.assigned.give(message)
+            enter_job(self, message)
         else:
             self.pending.append((None, message, payload))
             self.wake()
@@ -173,6 +173,8 @@ class Executor:
     def on_closed(self, link: Link, reason: str) -> None:
         if link.peer is not None:
             self.dead_callers.append(link.peer.worker_id)
+            if get_ident() != self.main_thread:
+                self.wake()
 
     def _next(self) -> tuple[Link | None, Any, Any] | None:
         with self.reactor.lock:
@@ -208,12 +210,22 @@ class Executor:
             if last_flush == 0.0:
                 last_flush = now
             if not self.pending or now - last_flush > FLUSH_AFTER_S or len(link.out) > FLUSH_BYTES:
+                if self.dead_callers:
+                    self._bury_callers()
                 self.flush_prints()
                 with reactor.lock:
                     reactor.flush_dirty()
                 last_flush = now
         with reactor.lock:
             reactor.flush_dirty()
+        self._write_out()
+
+    def _write_out(self) -> None:
+        """The process is about to end: what has been answered is written, as long as its readers go on reading."""
+        reactor = self.reactor
+        deadline = time.monotonic() + WRITE_OUT_S
+        while any(link.out for link in reactor.links.values()) and time.monotonic() < deadline:
+            reactor.poll(0.05)
 
     def flush_prints(self) -> None:
         """Writes lines that the user's code has printed without an end: a reply may be the last thing we do."""
@@ -235,6 +247,8 @@ class Executor:
     def _control(self, message: Message, payload: bytes) -> None:
         if isinstance(message, CreateActor):
             become_actor(self, message, payload)
+        elif isinstance(message, WorkerAssigned):
+            apply_environment(self, message)
         elif isinstance(message, ExitWorker):
             if message.reason == IDLE_EXIT and self._is_needed():
                 return
@@ -280,7 +294,7 @@ class Executor:
             if answer.message is None:
                 raise FtrayError("the function could not be fetched: no GCS answers")
             with loading_refs(core.peers.ref_loader(None)):
-                function = deserialize(answer.message)
+                function = interruptible(deserialize(answer.message))
             self.functions[function_id] = function
         return function
 
@@ -294,11 +308,15 @@ class Executor:
         if link.dirty and not self.ticking:
             self.arm_tick()
         self.ran += 1
+        task_id = message.task_id
         self.running = message
+        if self.cancelled and task_id in self.cancelled:
+            self.running = None
+            self.replies.cancelled(link, message)
+            return
         if message.max_calls:
             self.count_call(message)
         started = time.perf_counter()
-        task_id = message.task_id
         context = task_context(task_id, message.attempt, "")
         variable = current_task.set(context)
         held = False
@@ -333,6 +351,18 @@ class Executor:
         finally:
             current_task.reset(variable)
             self.running = None
+
+    def function_name(self, function_id: bytes) -> str:
+        """The name of a function that has run here."""
+        function = self.functions.get(function_id)
+        return getattr(function, "__qualname__", None) or function_id.hex()[:12]
+
+    def running_name(self) -> str:
+        """What the main thread runs now, for tools."""
+        message = self.running
+        if message is None:
+            return ""
+        return self.function_name(message.function_id) if isinstance(message, PushTask) else message.method
 
     def count_call(self, message: PushTask) -> None:
         """A function with `max_calls` runs: after its last time here the worker ends."""
@@ -438,10 +468,6 @@ class Executor:
         if self.actor is None:
             self._hand_back(frozenset(task_ids), False)
 
-    def cancel(self, task_id: bytes, force: bool) -> None:
-        """Cancelling a queued task is a recall by its owner; a running one is not interrupted here."""
-        log.info("cancel of %s (force=%s) is not acted on: the task runs to its end", task_id.hex(), force)
-
     # --- the end -----------------------------------------------------------------------------------------------------
 
     def exit_now(self) -> None:
@@ -450,11 +476,13 @@ class Executor:
         self.replies.wait_deferred()
         with core.lock:
             core.closed = True
-            core.raylet.send(Unregister(self.exiting))
+            core.raylet.say_events()
+            if not self.exit_code:
+                core.raylet.send(Unregister(self.exiting))
             core.settle()
         try:
             atexit._run_exitfuncs()
             sys.stdout.flush()
             sys.stderr.flush()
         finally:
-            os._exit(0)
+            os._exit(self.exit_code)

@@ -22,6 +22,7 @@ from ftray.worker import inheritance
 from ftray.worker.assembly import assemble
 from ftray.worker.core import Core, current_task
 from ftray.worker.execution import Executor
+from ftray.worker.introspection import install_stack_signal
 from ftray.worker.start import WorkerStart
 from ftray.worker.waiting import block
 
@@ -67,6 +68,7 @@ def worker_main(start: WorkerStart) -> None:
     core.raylet_endpoint = start.raylet_endpoint
     executor = Executor(core)
     executor.streams = streams
+    executor.interrupts.install()
     core.executor = executor
     assemble(core, start.session_dir)
     core.objects.arena = Arena.inherited(start.arena_fd, start.arena_bytes)
@@ -79,6 +81,7 @@ def worker_main(start: WorkerStart) -> None:
     core.reactor.listen(endpoint, accept)
     core_module.set_core(core)
     inheritance.install()
+    install_stack_signal()
     core.raylet.connect(start.raylet_endpoint, RegisterClient(start.worker_id, os.getpid(), endpoint, driver=False))
     core.start_loop()
     block(core.reactor, core.raylet.registered.waiter, None)

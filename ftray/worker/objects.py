@@ -1,13 +1,9 @@
-"""Values: `put`, `get`, `wait`, and this node's store as a client sees it.
+"""Values: `put`, `get`, `wait`.
 
-Role: shell. A small value is bytes in its reference entry. A large one is in the node's arena: created and sealed
-through the raylet, written straight into shared memory, read through a read-only map for each reader.
+Role: shell. A small value is bytes in its reference entry. A large one is in the node's store, of which `store_client`
+is this process's side.
 
-Pins: this process holds one pin at the raylet for each object that it created or mapped. It is released when the
-entry is gone *and* the last zero-copy view of it is (`arena.read_view` tells). The owner's primary pin is the raylet's,
-dropped by `FreeObjects`.
-
-Rejected: a pin for each view (two messages a `get`); copying on `get` (an 80 MB array would cost 20 ms).
+Rejected: small values in the store as well (a request to the raylet for each).
 """
 
 from __future__ import annotations
@@ -23,63 +19,41 @@ from ftray.exceptions import (
     GetTimeoutError,
     ObjectFreedError,
     ObjectLostError,
-    ObjectStoreFullError,
     OwnerDiedError,
     TaskError,
 )
-from ftray.ids import PUT_INDEX, short
+from ftray.ids import PUT_INDEX, return_id, short
 from ftray.ownership.references import Entry
 from ftray.wire.messages import (
     ERROR,
     IN_STORE,
     INLINE,
-    AbortObject,
-    CreateObject,
-    FreeObjects,
-    ObjectCreated,
-    ObjectsPinned,
-    PinObjects,
-    ReleaseObjects,
-    SealObject,
     Value,
 )
 from ftray.worker import waiting
+from ftray.worker.call_sites import note_site
 from ftray.worker.failures import load_task_error
 from ftray.worker.serialization import Serialized, deserialize, loading_refs
+from ftray.worker.store_client import StoreClient
 from ftray.worker.waiting import Callback, Waiter, block
 
 log = logging.getLogger("ftray.worker")
 
 if TYPE_CHECKING:
-    from ftray.store.arena import Arena
     from ftray.worker.core import Core
 
 PENDING, READY_INLINE, READY_STORE, FAILED = waiting.PENDING, waiting.INLINE, waiting.IN_STORE, waiting.FAILED
 
 
-class Pin:
-    """An object of the arena that this process may read."""
-
-    __slots__ = ("held", "offset", "size", "views")
-
-    def __init__(self, offset: int, size: int) -> None:
-        self.offset = offset
-        self.size = size
-        self.views = 0
-        self.held = True
-        """The entry keeps it, views or not."""
-
-
-class ObjectPlane:
+class ObjectPlane(StoreClient):
     """See the module."""
 
     def __init__(self, core: Core) -> None:
-        self.core = core
-        self.arena: Arena | None = None
-        self.pins: dict[bytes, Pin] = {}
-        self.freeing: list[bytes] = []
+        super().__init__(core)
         self.resolving: dict[bytes, set[bytes]] = {}
         """Owner -> objects asked of it and not answered."""
+        self.waits: dict[Waiter, tuple[str, list[bytes]]] = {}
+        """Threads that wait in a call (`get`, `wait`) for objects, for `ftray list pending`."""
 
     # --- values arrive -----------------------------------------------------------------------------------------------
 
@@ -118,6 +92,10 @@ class ObjectPlane:
         if entry.state == READY_STORE:
             self.unhold(object_id)
             self.free_in_store(object_id)
+        elif entry.task is not None:
+            self.core.streams.let_go(object_id, entry.task)
+        if self.core.sites:
+            self.core.sites.pop(object_id, None)
         if object_id[16:] == b"\0\0\0\0":
             self.core.actors.handle_freed(object_id)
 
@@ -153,62 +131,27 @@ class ObjectPlane:
                 )
         self.resolving.pop(owner, None)
 
-    def free_in_store(self, object_id: bytes) -> None:
-        if not self.freeing:
-            self.core.reactor.call_later(0, self._send_frees)
-        self.freeing.append(object_id)
-
-    def _send_frees(self) -> None:
-        if self.freeing:
-            self.core.raylet.send(FreeObjects(tuple(self.freeing)))
-            self.freeing.clear()
-
-    # --- pins --------------------------------------------------------------------------------------------------------
-
-    def unhold(self, object_id: bytes) -> None:
-        pin = self.pins.get(object_id)
-        if pin is not None:
-            pin.held = False
-            if pin.views == 0:
-                self._release(object_id)
-
-    def _release(self, object_id: bytes) -> None:
-        del self.pins[object_id]
-        self.core.raylet.send(ReleaseObjects((object_id,)))
-
-    def drop_views(self) -> None:
-        """Views have died (finalisers queued them), under the lock."""
-        unviewed = self.core.unviewed
-        while unviewed:
-            try:
-                object_id = unviewed.popleft()
-            except IndexError:
-                break
-            pin = self.pins.get(object_id)
-            if pin is not None:
-                pin.views -= 1
-                if pin.views == 0 and not pin.held:
-                    self._release(object_id)
-
-    def open_view(self, object_id: bytes, pin: Pin) -> memoryview:
-        """A read-only view of a pinned object, which keeps it pinned while anything of it lives. Not under the lock."""
-        arena = self.arena
-        assert arena is not None
-        unviewed = self.core.unviewed
-        view: memoryview = arena.read_view(pin.offset, pin.size, lambda: unviewed.append(object_id))
-        return view
+    def free_leftovers(self, task_id: bytes, num_returns: int) -> None:
+        """A retried task is done, under the lock: an earlier attempt may have stored what is small now, or an error."""
+        for index in range(num_returns):
+            object_id = return_id(task_id, index)
+            entry = self.core.entries.get(object_id)
+            if entry is None or entry.state != READY_STORE:
+                self.free_in_store(object_id)
 
     # --- put ---------------------------------------------------------------------------------------------------------
 
     def put(self, serialized: Serialized) -> bytes:
         """Stores a value owned here; returns its id, with one local reference counted.
 
-        Raises ObjectStoreFullError when it does not fit.
+        Raises ObjectStoreFullError when it does not fit, OutOfDiskError when that is because the disk is full.
         """
         core = self.core
         context = core.context()
         object_id = context.prefix + context.counter().to_bytes(4, "little") + PUT_INDEX
         inner = [ref.binary() for ref in serialized.refs]
+        if core.sites is not None:
+            note_site(core, object_id)
         if serialized.size <= core.config.inline_bytes_max:
             data = serialized.to_bytes()
             with core.lock:
@@ -230,38 +173,6 @@ class ObjectPlane:
                 core.table.set_contains(object_id, inner)
             core.tick_soon()
         return object_id
-
-    def write(self, object_id: bytes, serialized: Serialized, owner: bytes, keep: bool) -> None:
-        """Creates, writes and seals an object in this node's store. `keep`: this process keeps its pin."""
-        core = self.core
-        size = serialized.size
-        created: ObjectCreated = core.raylet.ask(lambda request: CreateObject(request, object_id, size, owner))
-        if created.offset == -2:
-            if keep:
-                (pin,) = self.pin_now([object_id])
-                with core.lock:
-                    pin.views -= 1  # no view is opened here
-                    pin.held = True
-            return
-        if created.offset < 0:
-            raise ObjectStoreFullError(created.error)
-        arena = self.arena
-        assert arena is not None
-        try:
-            serialized.write_into(arena.write_view(created.offset, size))
-        except BaseException:
-            with core.lock:
-                core.raylet.send(AbortObject(object_id))
-                core.raylet.send(ReleaseObjects((object_id,)))
-                core.settle()
-            raise
-        with core.lock:
-            core.raylet.send(SealObject(object_id))
-            if keep:
-                self.pins[object_id] = Pin(created.offset, size)
-            else:
-                core.raylet.send(ReleaseObjects((object_id,)))
-            core.reactor.flush_dirty()
 
     # --- get ---------------------------------------------------------------------------------------------------------
 
@@ -296,6 +207,8 @@ class ObjectPlane:
             waiter.remaining = missing
             core.settle()
         done = False
+        waits = self.waits
+        waits[waiter] = ("get", hung)
         try:
             warning_s = core.config.wait_warning_ms / 1000.0
             if timeout_s is not None and timeout_s <= warning_s:
@@ -306,6 +219,7 @@ class ObjectPlane:
                     log.warning("still waiting: %s", self.describe_pending(hung, warning_s))
                     done = self.block(waiter, None if timeout_s is None else timeout_s - warning_s)
         finally:
+            waits.pop(waiter, None)
             if not done:
                 self._unhang(hung, waiter)
         if not done:
@@ -323,9 +237,11 @@ class ObjectPlane:
         if block(core.reactor, waiter, notice_s):
             return True
         executor.blocked()
+        started_s = time.time()
         try:
             return block(core.reactor, waiter, None if timeout_s is None else timeout_s - notice_s)
         finally:
+            executor.events.waited(core.context().task_id, started_s)
             executor.unblocked()
 
     def _unhang(self, object_ids: list[bytes], waiter: Waiter) -> None:
@@ -396,51 +312,6 @@ class ObjectPlane:
         with loading_refs(self.core.peers.ref_loader(object_id)):
             return deserialize(data)
 
-    def load_stored(self, object_ids: list[bytes], timeout_s: float | None = None) -> list[Any]:
-        """Maps and deserialises objects of this node's store. Raises ObjectLostError."""
-        pins = self.pin_now(object_ids, timeout_s)
-        # All views are opened first: each pin counts one, and an error in the first value must not leave the others.
-        views = [self.open_view(object_id, pin) for object_id, pin in zip(object_ids, pins, strict=True)]
-        views.reverse()
-        values = []
-        for object_id in object_ids:
-            with loading_refs(self.core.peers.ref_loader(object_id)):
-                values.append(deserialize(views.pop()))
-        return values
-
-    def pin_now(self, object_ids: list[bytes], timeout_s: float | None = None) -> list[Pin]:
-        """Pins objects for reading; each has one view counted that the caller must open."""
-        core = self.core
-        with core.lock:
-            wanted = tuple(dict.fromkeys(x for x in object_ids if x not in self.pins))
-        if wanted:
-            answer: ObjectsPinned = core.raylet.ask(lambda request: PinObjects(request, wanted), timeout_s)
-            with core.lock:
-                for object_id, (offset, size) in zip(wanted, answer.places, strict=True):
-                    if offset < 0:
-                        continue
-                    if object_id in self.pins:
-                        core.raylet.send(ReleaseObjects((object_id,)))  # another thread was faster
-                    else:
-                        self.pins[object_id] = Pin(offset, size)
-        with core.lock:
-            found: list[Pin] = []
-            for object_id in object_ids:
-                pin = self.pins.get(object_id)
-                if pin is None:
-                    for other, done in zip(object_ids, found, strict=False):
-                        done.views -= 1
-                        if done.views == 0 and not done.held:
-                            self._release(other)
-                    raise ObjectLostError(
-                        object_id.hex(), "it is not in this node's store any more", node_id=core.node_id.hex()
-                    )
-                pin.views += 1
-                pin.held = object_id in core.entries
-                found.append(pin)
-            core.reactor.flush_dirty()
-        return found
-
     def error_of(self, entry: Entry) -> BaseException:
         """The exception that a failed object stands for; a new one each time, since raising adds a traceback."""
         value = entry.value
@@ -476,9 +347,11 @@ class ObjectPlane:
                         self.hang(ref._id, entry, waiter)
             core.settle()
         if waiter is not None:
+            self.waits[waiter] = ("wait", [ref._id for ref in refs])
             try:
                 self.block(waiter, timeout_s)
             finally:
+                self.waits.pop(waiter, None)
                 self._unhang([ref._id for ref in refs], waiter)
         ready: list[Any] = []
         rest: list[Any] = []
@@ -524,4 +397,3 @@ class Answer:
     def fail(self, error: BaseException) -> None:
         self.error = error
         self.waiter.ready(b"", None)  # type: ignore[arg-type]
-

@@ -22,6 +22,7 @@ from ftray.wire.messages import (
     MISSING,
     AddBorrowers,
     BorrowersAdded,
+    CancelObject,
     CancelTask,
     Message,
     ObjectResolved,
@@ -31,6 +32,7 @@ from ftray.wire.messages import (
     RemoveBorrowers,
     ResolveObjects,
     ReturnsHeld,
+    StreamRead,
     Value,
 )
 from ftray.wire.reactor import Link
@@ -87,6 +89,9 @@ class Peers:
         link = self.link_to(owner, endpoint)
         if link is not None:
             link.send(AddBorrowers(tuple(object_ids)))
+        else:
+            # What a process sent just before its death may be read after it: nobody will answer this registration.
+            self.core.objects.owner_died(owner, endpoint, "it is gone")
 
     def remove_borrower(self, owner: bytes, endpoint: str, object_ids: list[bytes]) -> None:
         link = self.link_to(owner, endpoint)
@@ -163,8 +168,12 @@ class Peers:
                 core.table.pin_forever(object_id)
         elif isinstance(message, RecallTasks) and core.executor is not None:
             core.executor.recall(link.peer.worker_id, message.task_ids)
+        elif isinstance(message, StreamRead) and core.executor is not None:
+            core.executor.replies.generators.told(message)
         elif isinstance(message, CancelTask) and core.executor is not None:
-            core.executor.cancel(message.task_id, message.force)
+            core.executor.cancels.take(message, link.peer.worker_id)
+        elif isinstance(message, CancelObject):
+            core.canceller.asked(message)
         else:
             core.reactor.drop(link, f"a peer sent an unexpected {kind.__name__}")
             return

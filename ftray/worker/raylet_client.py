@@ -18,10 +18,13 @@ from ftray.exceptions import FtrayError, GetTimeoutError, LocalRayletDiedError
 from ftray.wire.handshake import ROLE_CLIENT
 from ftray.wire.messages import (
     AbortObject,
+    AskClient,
+    ClientAnswer,
     CreateActor,
     CreateObject,
     DeathCauseKnown,
     ExitWorker,
+    LeaseEnvironmentFailed,
     LeaseGranted,
     LeaseInfeasible,
     LeaseReclaim,
@@ -33,6 +36,7 @@ from ftray.wire.messages import (
     RegisterClient,
     Registered,
     ReleaseObjects,
+    StorePressure,
     WorkerAssigned,
     WorkerDoomed,
 )
@@ -111,7 +115,7 @@ class RayletClient:
             self.send(ReleaseObjects((asked.object_id,)))
         elif isinstance(asked, PinObjects) and isinstance(message, ObjectsPinned):
             places = zip(asked.object_ids, message.places, strict=True)
-            self.send(ReleaseObjects(tuple(object_id for object_id, (offset, _) in places if offset >= 0)))
+            self.send(ReleaseObjects(tuple(object_id for object_id, (offset, _) in places if offset != -1)))
 
     def on_message(self, link: Link, message: Message, payload: bytes | bytearray) -> None:
         core = self.core
@@ -122,6 +126,12 @@ class RayletClient:
             core.submitter.reclaim(message.lease_id)  # type: ignore[attr-defined]
         elif kind is LeaseInfeasible:
             core.submitter.infeasible(message)  # type: ignore[arg-type]
+        elif isinstance(message, AskClient):
+            self._asked(link, message)
+        elif isinstance(message, StorePressure):
+            core.objects.let_go(message.request)
+        elif isinstance(message, LeaseEnvironmentFailed):
+            core.submitter.environment_failed(message)
         elif isinstance(message, WorkerDoomed):
             core.submitter.oom.doomed(message)
         elif isinstance(message, ObjectCreated | ObjectsPinned | DeathCauseKnown):
@@ -141,6 +151,25 @@ class RayletClient:
             core.executor.from_raylet(message, bytes(payload))
         else:
             log.warning("the raylet sent an unexpected %s", kind.__name__)
+
+    def _asked(self, link: Link, message: AskClient) -> None:
+        from ftray.worker.introspection import answer
+
+        try:
+            payload = msgspec.json.encode(answer(self.core, message.what, message.arguments))
+        except Exception as error:
+            log.warning("the question %r of a tool could not be answered", message.what, exc_info=True)
+            link.send(ClientAnswer(message.request, str(error) or type(error).__name__))
+            return
+        link.send(ClientAnswer(message.request), payload)
+
+    def say_events(self) -> None:
+        """A worker that leaves gives the raylet what it remembers of its tasks, under the lock."""
+        executor = self.core.executor
+        if executor is not None and self.link is not None:
+            rows = executor.events.rows(executor.events.kept_max)
+            if rows:
+                self.link.send(ClientAnswer(0), msgspec.json.encode({"events": rows}))
 
     def on_closed(self, link: Link, reason: str) -> None:
         core = self.core

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import os
 import time
+from types import AsyncGeneratorType, GeneratorType
 from typing import TYPE_CHECKING, Any
 
-from ftray.exceptions import ActorExit
+from ftray.exceptions import ActorExit, SerializationError, TaskCancelledError
 from ftray.ids import return_id
 from ftray.wire.messages import (
     IN_STORE,
@@ -27,7 +28,8 @@ from ftray.wire.messages import (
     Value,
 )
 from ftray.wire.reactor import Link
-from ftray.worker.failures import task_error_payload
+from ftray.worker.failures import error_payload, task_error_payload
+from ftray.worker.generators import Generators
 from ftray.worker.inheritance import end_child
 from ftray.worker.serialization import serialize
 from ftray.worker.waiting import Waiter, block
@@ -48,6 +50,8 @@ class Replies:
         self.reactor = executor.reactor
         self.deferred: dict[Any, tuple[Link, Message, Any]] = {}
         """Replies that wait for registrations, by task and attempt; under the core's lock."""
+        self.generators = Generators(self)
+        self.keeps_events = executor.core.config.task_events_max > 0
         self.exits = False
         """The worker ends after the reply that comes next: its function has run `max_calls` times here."""
 
@@ -55,10 +59,16 @@ class Replies:
         """Serialises the result and replies."""
         core = self.core
         count = message.num_returns
+        if count < 0:
+            self.generators.run(link, message, result, started, held)
+            return
         if self.exits:
-            self._leave_after()
+            self.leave_after()
         if count == 1:
-            serialized = serialize(result, "return value")
+            try:
+                serialized = serialize(result, "return value")
+            except SerializationError as error:
+                raise self._no_generator(result, error) from None
             if serialized.size <= core.config.inline_bytes_max and not serialized.refs and not self.exits:
                 result = None
                 data = serialized.to_bytes()
@@ -116,7 +126,8 @@ class Replies:
         packed.clear()
         serialized = None  # type: ignore[assignment]
         work_us = int((time.perf_counter() - started) * 1e6)
-        self.reply(link, message, TaskReturns(message.task_id, work_us, tuple(values), exits=self.exits), b"".join(parts), held)
+        answer = TaskReturns(message.task_id, work_us, tuple(values), exits=self.exits)
+        self.reply(link, message, answer, b"".join(parts), held)
 
     def fail(
         self, link: Link, message: PushTask | PushActorTask, error: BaseException, started: float, held: bool, name: str
@@ -126,17 +137,40 @@ class Replies:
         if executor.forked:
             end_child(error)
         if self.exits:
-            self._leave_after()
+            self.leave_after()
         exits = self.exits or isinstance(error, SystemExit | ActorExit)
-        payload = task_error_payload(error, name, os.getpid(), self.core.node_id.hex())
+        cancelled = bool(executor.cancelled) and message.task_id in executor.cancelled
+        if cancelled:
+            payload = _cancelled_payload(message, name)
+        else:
+            payload = task_error_payload(error, name, os.getpid(), self.core.node_id.hex())
         mro = tuple(f"{c.__module__}.{c.__qualname__}" for c in type(error).__mro__)
         error.__traceback__ = None
         work_us = int((time.perf_counter() - started) * 1e6)
-        self.reply(link, message, TaskFailed(message.task_id, work_us, exits, mro), payload, held)
+        answer = TaskFailed(message.task_id, work_us, exits, mro, cancelled)
+        if message.num_returns < 0:
+            answer.yielded = self.generators.yielded.pop((message.task_id, message.attempt), 0)
+        self.reply(link, message, answer, payload, held)
         if exits and not self.exits:
             executor.exiting = "exit_actor was called" if isinstance(error, ActorExit) else "the task called sys.exit"
 
-    def _leave_after(self) -> None:
+    def cancelled(self, link: Link, message: PushTask | PushActorTask) -> None:
+        """Answers for a task or call that was cancelled before it began."""
+        name = message.method if isinstance(message, PushActorTask) else message.name
+        answer = TaskFailed(message.task_id, 0, cancelled=True)
+        self.reply(link, message, answer, _cancelled_payload(message, name), False)
+
+    @staticmethod
+    def _no_generator(result: Any, error: SerializationError) -> Exception:
+        """The error for a single result that cannot be pickled: a generator needs another `num_returns`."""
+        if not isinstance(result, GeneratorType | AsyncGeneratorType):
+            return error
+        return TypeError(
+            f"num_returns is 1, but the task returned the generator {result.__name__}, which cannot be sent: use "
+            'num_returns="streaming" to get its items one by one, or return a list'
+        )
+
+    def leave_after(self) -> None:
         """The worker ends with this reply, unless it owns objects: those would be lost. Then a later call ends it."""
         core = self.core
         with core.lock:
@@ -153,6 +187,10 @@ class Replies:
 
     def reply(self, link: Link, message: PushTask | PushActorTask, answer: Message, payload: bytes, held: bool) -> None:
         """Queues a reply; one that must wait for registrations is sent by `may_reply`."""
+        if self.keeps_events:
+            self.executor.events.ran(message, answer.work_us, type(answer) is TaskFailed)  # type: ignore[attr-defined]
+        if self.executor.cancelled:
+            self.executor.cancelled.discard(message.task_id)
         if held:
             core = self.core
             token = (message.task_id, message.attempt)
@@ -176,3 +214,8 @@ class Replies:
             with self.reactor.lock:
                 link.send(answer, payload)
                 self.reactor.flush_dirty()
+
+
+def _cancelled_payload(message: PushTask | PushActorTask, name: str) -> bytes:
+    """The payload for a cancelled task. Its owner knows the name better, and says it."""
+    return error_payload(TaskCancelledError(message.task_id.hex(), name))

@@ -16,7 +16,13 @@ import logging
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from ftray.exceptions import DeathCause, FtrayError, TaskUnschedulableError, WorkerCrashedError
+from ftray.exceptions import (
+    DeathCause,
+    FtrayError,
+    RuntimeEnvSetupError,
+    TaskUnschedulableError,
+    WorkerCrashedError,
+)
 from ftray.gcs.state.commands import KvPut
 from ftray.ids import RETURN_INDEX, return_id
 from ftray.ownership.dispatch import ClassQueue, Lease, TaskDispatcher
@@ -30,6 +36,7 @@ from ftray.wire.messages import (
     Dependency,
     KillWorker,
     LeaseDemand,
+    LeaseEnvironmentFailed,
     LeaseGranted,
     LeaseInfeasible,
     Message,
@@ -40,11 +47,13 @@ from ftray.wire.messages import (
     TaskFailed,
     TaskReturns,
     TasksReturned,
+    TaskYield,
     decode,
     encode,
 )
 from ftray.wire.reactor import Link
 from ftray.worker import waiting
+from ftray.worker.call_sites import note_site
 from ftray.worker.oom_retries import OomRetries
 from ftray.worker.peers import value_of
 
@@ -123,7 +132,8 @@ class Submitter:
             function = task.function
             header = encode(
                 PushTask(
-                    task_id, function.function_id, task.num_returns, 0, len(payload), (), "", 0, function.max_calls
+                    task_id, function.function_id, task.num_returns, 0, len(payload), (), "", task.ahead_max,
+                    function.max_calls,
                 )
             )
             task.frame = PREFIX.pack(len(header), len(payload)) + header + payload
@@ -134,6 +144,8 @@ class Submitter:
                 raise FtrayError(f"this session is over: {core.close_reason}")
             if task.num_returns == 1:
                 entries[task_id + INDEX0] = Entry(None, "", 1)
+            elif task.num_returns < 0:
+                core.streams.open(task)
             else:
                 for index in range(task.num_returns):
                     core.table.add_owned(return_id(task_id, index))
@@ -141,6 +153,8 @@ class Submitter:
                 core.table.add_submitted(task.holds)
             if not core._ticking:
                 core.tick_soon()
+            if core.sites is not None:
+                note_site(core, task_id + INDEX0)
             if task.deps and self._waits(task, payload):
                 core.settle()
                 return
@@ -178,6 +192,8 @@ class Submitter:
 
     def dependencies_ready(self, task: TaskRecord) -> None:
         """The last dependency has come."""
+        if task.cancelled:
+            return
         self.unfinished.pop(task.task_id, None)
         for _, object_id in task.deps:
             entry = self.core.entries.get(object_id)
@@ -187,6 +203,7 @@ class Submitter:
                 self.fail(task, entry.value)
                 return
         if task.actor is not None:
+            task.actor.ready(task)
             self.core.actors.pump(task.actor)
             return
         self.dispatcher.enqueue(task)
@@ -222,14 +239,14 @@ class Submitter:
             header = encode(
                 PushActorTask(
                     task.task_id, task.actor.actor_id, task.method, task.num_returns, task.attempt, len(task.args),
-                    tuple(deps),
+                    tuple(deps), task.group, task.ahead_max,
                 )
             )  # fmt: skip
         else:
             header = encode(
                 PushTask(
                     task.task_id, task.function.function_id, task.num_returns, task.attempt, len(task.args), tuple(deps),
-                    max_calls=task.function.max_calls,
+                    ahead_max=task.ahead_max, max_calls=task.function.max_calls,
                 )
             )  # fmt: skip
         return PREFIX.pack(len(header), len(payload)) + header + payload
@@ -288,7 +305,7 @@ class Submitter:
                 raylet.send(
                     LeaseDemand(
                         cls.class_id, cls.want, None if cls.declared else cls.resources, cls.name,
-                        retriable=cls.retriable,
+                        "" if cls.declared else cls.environment, cls.retriable,
                     )
                 )  # fmt: skip
                 cls.declared = True
@@ -318,6 +335,10 @@ class Submitter:
         """Carries out everything that the dispatcher has decided."""
         self.push()
         dispatcher = self.dispatcher
+        if dispatcher.ended:
+            ended, dispatcher.ended = dispatcher.ended, []
+            for task in ended:
+                self.fail(task, self.core.canceller.error(task))
         if dispatcher.recalls:
             for lease, task_ids in dispatcher.recalls:
                 self.core.peers.recall(lease.worker_id, lease.endpoint, task_ids)
@@ -337,6 +358,29 @@ class Submitter:
             )  # fmt: skip
         self.infeasible_classes[message.class_id] = message.missing
         self._infeasible_again(cls)
+
+    def environment_failed(self, message: LeaseEnvironmentFailed) -> None:
+        """The node can't set up the environment of a class: the tasks that wait for it fail, later ones try again."""
+        cls = self.dispatcher.by_id.get(message.class_id)
+        if cls is None:
+            return
+        tasks = self.dispatcher.withdraw(message.class_id)
+        if not tasks:
+            log.warning("the runtime environment of %s could not be set up: %s", cls.name, message.error)
+        for task in tasks:
+            text = f"the runtime environment of {task.function.name} could not be set up: {message.error}"
+            self.fail(task, RuntimeEnvSetupError(text))
+        self.after()
+
+    def prepare(self, environment: str) -> None:
+        """Lets the node fetch what an environment needs before a task asks for it. Not under the lock."""
+        core = self.core
+        with core.lock:
+            cls = self.dispatcher.class_for(("prepare", environment), {"CPU": 1.0}, "the job")
+            cls.environment = environment
+            self.dispatcher.demands[cls.class_id] = cls
+            self.say_demands()
+            core.settle()
 
     def _infeasible_again(self, cls: ClassQueue) -> None:
         def fail() -> None:
@@ -367,6 +411,10 @@ class Submitter:
             task_id = message.task_id  # type: ignore[attr-defined]
             task = dispatcher.done(lease, task_id, message.work_us)  # type: ignore[attr-defined]
             if task is not None:
+                if task.cancelled:
+                    self.core.canceller.discard(task, None, lease.worker_id, lease.endpoint)
+                    self.after()
+                    return
                 object_id = task_id + INDEX0
                 entry = self.core.entries.get(object_id)
                 if entry is not None:
@@ -381,6 +429,8 @@ class Submitter:
                     self.release(task)
             if dispatcher.pushes or dispatcher.returns:
                 self.after()
+        elif kind is TaskYield:
+            self.core.streams.item(message, payload, lease.worker_id, lease.endpoint)  # type: ignore[arg-type]
         elif isinstance(message, TaskReturns):
             if message.exits:
                 self.channels.pop(lease.worker_id, None)
@@ -396,6 +446,8 @@ class Submitter:
                 task = self.dispatcher.leaving(lease, message.task_id)
             else:
                 task = self.dispatcher.done(lease, message.task_id, message.work_us)
+            if message.cancelled:
+                self.core.canceller.answered(lease, message.task_id)
             if task is not None:
                 self.failed(task, message, payload)
             self.after()
@@ -408,6 +460,9 @@ class Submitter:
     def finish(self, task: TaskRecord, message: TaskReturns, payload: Any, worker_id: bytes, endpoint: str) -> None:
         """A task's returns have arrived: enters them, takes over the references in them, lets go of its arguments."""
         core = self.core
+        if task.cancelled:
+            core.canceller.discard(task, message, worker_id, endpoint)
+            return
         offset = 0
         for index, value in enumerate(message.returns):
             object_id = return_id(task.task_id, index)
@@ -420,6 +475,8 @@ class Submitter:
             else:
                 core.objects.take_value(object_id, value, payload[offset : offset + value.size])
                 offset += value.size
+        if task.num_returns < 0:
+            core.streams.ended(task, message.yielded)
         self.release(task)
 
     def failed(self, task: TaskRecord, message: TaskFailed, payload: bytes | bytearray) -> None:
@@ -429,7 +486,7 @@ class Submitter:
             allowed = any(name in allowed for name in message.mro)
         if allowed and not (message.exits and _ENDS.intersection(message.mro)) and task.spend_retry():
             if task.actor is not None:
-                task.actor.queue.appendleft(task)
+                task.actor.again(task)
                 self.core.actors.pump(task.actor)
             else:
                 self.dispatcher.requeue([task])
@@ -439,6 +496,8 @@ class Submitter:
     def fail(self, task: TaskRecord, error: object) -> None:
         """Makes all returns of a task `error` (packed bytes or an exception), and lets go of its arguments."""
         core = self.core
+        if task.cancelled:
+            error = core.canceller.error(task)
         if task.deps:
             self.unfinished.pop(task.task_id, None)
         for index in range(task.num_returns):
@@ -448,11 +507,15 @@ class Submitter:
                 core.objects.resolve(object_id, entry, waiting.FAILED, error)
             if isinstance(error, Exception) or task.num_returns > 1:
                 core.objects.free_in_store(object_id)  # it may have been written before what failed the task
+        if task.num_returns < 0:
+            core.streams.failed(task, error)
         self.release(task)
 
     def release(self, task: TaskRecord) -> None:
         if self.oom.spent:
             self.oom.ended(task.task_id)
+        if task.attempt:
+            self.core.objects.free_leftovers(task.task_id, task.num_returns)
         if task.holds:
             holds, task.holds = task.holds, ()
             self.core.table.remove_submitted(holds)
@@ -478,10 +541,13 @@ class Submitter:
         self.core.raylet.send(KillWorker(lease.worker_id, f"the channel to its owner broke: {reason}"))
         again: list[TaskRecord] = []
         failing: list[TaskRecord] = []
+        self.core.canceller.forced.pop(lease.lease_id, None)
         for index, task in enumerate(tasks):
-            if index == 0 and lease.doomed:
+            if task.cancelled:
+                self.fail(task, None)
+            elif index == 0 and lease.doomed:
                 self.oom.take(lease, task)
-            elif index == 0:
+            elif index == 0 and not lease.ending:
                 (again if task.spend_retry() else failing).append(task)
             else:
                 task.attempt += 1

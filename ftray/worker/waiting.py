@@ -82,6 +82,8 @@ def block(reactor: Reactor, waiter: Waiter, timeout_s: float | None) -> bool:
                 if timer < left or left < 0:
                     left = timer if timer != float("inf") else left
                 events = wait_events(reactor, left)
+                if reactor.closed:
+                    break
                 with reactor.lock:
                     reactor.handle(events)
         finally:

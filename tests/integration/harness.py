@@ -121,7 +121,7 @@ def shm_files() -> set[str]:
 
 def session_leftovers(session_dir: str | Path) -> list[str]:
     """What of a session folder must not outlive its node."""
-    return [name for name in ("node.json", "token", "sockets", "gcs") if Path(session_dir, name).exists()]
+    return [name for name in ("node.json", "token", "sockets", "gcs", "spill") if Path(session_dir, name).exists()]
 
 
 class Driver:

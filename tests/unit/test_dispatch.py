@@ -192,3 +192,107 @@ def test_a_worker_that_leaves_gets_nothing_more_and_costs_no_retry() -> None:
     pushed = setup.pushed()
     assert [task_id for _, task_id in pushed] == [b"t3", b"t4"]
     assert all(task.retries_left == 3 for task in lease.inflight.values())
+
+
+# --- cancelling -------------------------------------------------------------------------------------------------------
+
+
+def test_cancelled_tasks_are_passed_over_and_the_demand_falls() -> None:
+    setup = Setup()
+    tasks = [setup.submit() for _ in range(4)]
+    for index in (0, 2):
+        setup.dispatcher.cancel_queued(tasks[index])
+    assert setup.cls.want == 2
+    assert setup.dispatcher.waiting() == 2
+    setup.grant()
+    setup.grant()
+    assert setup.pushed() == [(1, b"t2"), (2, b"t4")]
+    assert not setup.cls.queue
+    assert setup.cls.cancelled == 0
+
+
+def test_when_all_are_cancelled_a_lease_goes_straight_back() -> None:
+    setup = Setup()
+    for task in [setup.submit() for _ in range(3)]:
+        setup.dispatcher.cancel_queued(task)
+        setup.dispatcher.cancel_queued(task)  # again is nothing
+    assert setup.cls.want == 0
+    assert setup.dispatcher.lagging  # the raylet hears of it
+    setup.grant()
+    assert setup.dispatcher.returns == [1]
+
+
+def test_a_long_queue_of_cancelled_tasks_does_not_stay() -> None:
+    setup = Setup()
+    tasks = [setup.submit() for _ in range(1000)]
+    for task in tasks[1:]:
+        setup.dispatcher.cancel_queued(task)
+    assert len(setup.cls.queue) < 70
+    assert setup.dispatcher.waiting() == 1
+
+
+def test_a_cancelled_task_that_comes_back_is_not_queued_again() -> None:
+    setup = Setup(leases=1)
+    setup.submit()
+    setup.dispatcher.done(setup.leases[0], b"t1", 10)
+    tasks = [setup.submit() for _ in range(3)]
+    setup.pushed()
+    tasks[1].cancelled = True
+    setup.dispatcher.handed_back(setup.leases[0], (b"t3", b"t4"), True)
+    assert setup.dispatcher.ended == [tasks[1]]
+    setup.dispatcher.done(setup.leases[0], b"t2", 10)
+    assert setup.pushed() == [(1, b"t4")]
+
+
+def test_a_worker_that_is_ended_on_purpose_gets_nothing_and_its_tasks_are_not_suspected() -> None:
+    setup = Setup(leases=1)
+    setup.submit()
+    lease = setup.leases[0]
+    setup.dispatcher.done(lease, b"t1", 10)
+    setup.submit()
+    setup.submit()
+    setup.pushed()
+    setup.dispatcher.end_worker(lease)
+    setup.submit()
+    setup.dispatcher.done(lease, b"t2", 10)
+    assert not setup.pushed()
+    setup.dispatcher.reclaim(lease.lease_id)
+    for _ in range(10):
+        setup.dispatcher.tick(1)
+    assert not setup.dispatcher.returns  # it ends with its worker
+    lost = setup.dispatcher.lost(lease)
+    assert [(task.task_id, task.solo) for task in lost] == [(b"t3", False)]
+
+
+def test_a_worker_that_is_spared_goes_on() -> None:
+    setup = Setup(leases=1)
+    setup.submit()
+    lease = setup.leases[0]
+    setup.dispatcher.done(lease, b"t1", 10)
+    setup.pushed()
+    setup.dispatcher.end_worker(lease)
+    setup.submit()
+    assert not setup.pushed()
+    setup.dispatcher.spare_worker(lease)
+    assert setup.pushed() == [(1, b"t2")]
+
+
+def test_an_ended_worker_that_was_reclaimed_is_returned_when_it_is_spared() -> None:
+    setup = Setup(leases=1)
+    setup.submit()
+    setup.pushed()
+    lease = setup.leases[0]
+    setup.dispatcher.end_worker(lease)
+    setup.dispatcher.reclaim(lease.lease_id)
+    setup.dispatcher.done(lease, b"t1", 10)
+    assert not setup.dispatcher.returns
+    setup.dispatcher.spare_worker(lease)
+    assert setup.dispatcher.returns == [1]
+
+
+def test_an_infeasible_class_gives_up_only_what_is_not_cancelled() -> None:
+    setup = Setup()
+    tasks = [setup.submit() for _ in range(3)]
+    setup.dispatcher.cancel_queued(tasks[1])
+    assert setup.dispatcher.withdraw(setup.cls.class_id) == [tasks[0], tasks[2]]
+    assert setup.dispatcher.waiting() == 0

@@ -33,15 +33,16 @@ LOGIC = (
     "ftray.scheduling",
     "ftray.store",
     "ftray.gcs.state",
+    "ftray.runtime_env",
     "ftray.wire.frames",
     "ftray.wire.handshake",
     "ftray.wire.messages",
     "ftray.wire.values",
 )
-SHELLS_IN_LOGIC_ROOMS = ("ftray.store.arena",)
+SHELLS_IN_LOGIC_ROOMS = ("ftray.store.arena", "ftray.store.spill_io")
 
 LEAVES = ("ftray.ids", "ftray.config", "ftray.exceptions")
-CORE = (*LEAVES, "ftray.wire", "ftray.ownership", "ftray.scheduling", "ftray.store", "ftray.gcs")
+CORE = (*LEAVES, "ftray.runtime_env", "ftray.wire", "ftray.ownership", "ftray.scheduling", "ftray.store", "ftray.gcs")
 BELOW_API = (*CORE, "ftray.raylet", "ftray.worker")
 EVERYTHING = ("ftray", "ftray.*", "chaos")
 
@@ -52,6 +53,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "ftray.ids": (),
     "ftray.config": (),
     "ftray.exceptions": (),
+    "ftray.runtime_env": ("ftray.ids", "ftray.exceptions"),
     "ftray.wire": LEAVES,
     "ftray.ownership": (*LEAVES, "ftray.wire.messages"),
     "ftray.scheduling": LEAVES,

@@ -1,0 +1,131 @@
+"""`ftray list`: the things of one kind, a line for each.
+
+Role: shell. What is asked of the node's processes (pending) or of the node itself, shown as a table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from ftray.cli.options import json_option, session_root_option
+from ftray.cli.output import finish
+
+KINDS = ("pending", "workers", "actors", "nodes", "drivers", "leases", "objects")
+
+
+@click.command("list")
+@click.argument("kind", type=click.Choice(KINDS))
+@click.option("-n", "--limit", type=click.IntRange(min=1), default=100, show_default=True, help="How many to show.")
+@click.option("--address", metavar="HOST:PORT", envvar="FTRAY_ADDRESS", help="Cluster to ask.  [default: the newest]")
+@session_root_option
+@json_option
+def command(kind: str, limit: int, address: str | None, session_root: str | None, as_json: bool) -> None:
+    """List what there is of one KIND.
+
+    \b
+    pending   tasks and actor calls that have not ended, and what each waits for; calls of get and wait that wait
+    workers   the worker processes of this node, and what they run
+    actors    the actors on this node
+    nodes     the nodes of the cluster
+    drivers   the programs connected to this node
+    leases    which worker is leased to whom
+    objects   the objects in this node's store (`ftray memory` says why they are there)
+
+    \b
+    Exit codes:
+      0  shown
+      1  the node does not answer
+      2  the command line is wrong
+      3  no cluster was found on this machine
+    """
+
+    def body() -> dict[str, Any]:
+        from ftray.cli.find import ask, local_session
+
+        session = local_session(session_root, address)
+        if kind == "pending":
+            return _pending(ask(session, "pending", limit=limit))
+        if kind == "objects":
+            rows = ask(session, "memory", limit=1)["objects"]
+        else:
+            status = ask(session, "status")
+            rows = (status["gcs"] or {}).get("nodes", []) if kind == "nodes" else status[kind]
+        return {"rows": rows[:limit], "total": len(rows)}
+
+    finish(as_json, body, _show_pending if kind == "pending" else _table_of(kind))
+
+
+def _pending(answer: dict[str, Any]) -> dict[str, Any]:
+    rows: list[dict[str, Any]] = []
+    blocked: list[dict[str, Any]] = []
+    silent: list[str] = []
+    total = 0
+    for process in answer["processes"]:
+        name = f"{process['kind']} {process['pid']}"
+        said = process["answer"]
+        if said is None:
+            silent.append(f"{name}: {process['error']}")
+            continue
+        total += said["total"]
+        rows += [{"owner": name, **row} for row in said["rows"]]
+        blocked += [{"process": name, **row} for row in said["blocked"]]
+    return {"rows": rows, "total": total, "blocked": blocked, "silent": silent}
+
+
+def _show_pending(answer: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    from ftray.cli.status import table
+
+    console = Console()
+    for row in answer["blocked"]:
+        console.print(f"[bold]{row['process']}[/] waits in {row['call']} for {row['objects']} objects:")
+        for line in row["waits"]:
+            console.print(f"  {line}", highlight=False)
+        if row["objects"] > len(row["waits"]):
+            console.print(f"  and {row['objects'] - len(row['waits'])} more")
+    if answer["rows"]:
+        rows = table("task", "owner", "name", "attempt", "waits")
+        for row in answer["rows"]:
+            rows.add_row(row["task_id"][:24], row["owner"], row["name"], str(row["attempt"]), row["waits"])
+        console.print(rows)
+    else:
+        console.print("nothing is pending")
+    if answer["total"] > len(answer["rows"]):
+        console.print(f"and {answer['total'] - len(answer['rows'])} more (-n shows them)")
+    for line in answer["silent"]:
+        console.print(f"[yellow]{line}[/]")
+
+
+_COLUMNS: dict[str, tuple[str, ...]] = {
+    "workers": ("worker_id", "pid", "state", "job_id", "blocked", "running"),
+    "actors": ("actor_id", "class_name", "stage", "incarnation", "job_id", "worker_id", "stopping"),
+    "nodes": ("node_id", "state", "hostname", "pid", "endpoint"),
+    "drivers": ("worker_id", "pid", "job_id", "entrypoint"),
+    "leases": ("lease_id", "name", "owner", "worker_id", "resources", "blocked"),
+    "objects": ("object_id", "size", "state", "owner", "primary"),
+}
+
+
+def _table_of(kind: str) -> Callable[[dict[str, Any]], None]:
+    def show(answer: dict[str, Any]) -> None:
+        from rich.console import Console
+
+        from ftray.cli.status import table
+
+        console = Console()
+        if not answer["rows"]:
+            console.print(f"no {kind}")
+            return
+        columns = _COLUMNS.get(kind, ())
+        rows = table(*columns)
+        for row in answer["rows"]:
+            rows.add_row(*[str(row.get(column, "")) for column in columns])
+        console.print(rows)
+        if answer["total"] > len(answer["rows"]):
+            console.print(f"and {answer['total'] - len(answer['rows'])} more (-n shows them)")
+
+    return show
