@@ -1,6 +1,6 @@
 """The owner's queue under any sequence of submissions, replies, recalls, deaths and cancellations.
 
-A naive twin keeps every task in one list with what should be known of it. After each step: nothing is lost, nothing runs
+A naive twin knows every task that has not ended, and where it runs. After each step: nothing is lost, nothing runs
 twice at the same time, nothing cancelled is pushed, the demand is what is needed, and each task is found where it is.
 """
 
@@ -37,7 +37,7 @@ class Cancelling(RuleBasedStateMachine):
         self.submit(0, 0, 3, 12)
         self.grant(0)
 
-    # --- events ---------------------------------------------------------------------------------------------------------
+    # --- events -------------------------------------------------------------------------------------------------------
 
     @rule(which=st.integers(0, 1), function=st.integers(0, 1), retries=st.sampled_from([0, 3]), many=st.integers(1, 5))
     def submit(self, which: int, function: int, retries: int, many: int) -> None:
@@ -143,7 +143,7 @@ class Cancelling(RuleBasedStateMachine):
     def forget_index(self) -> None:
         self.dispatcher.forget_index()
 
-    # --- effects --------------------------------------------------------------------------------------------------------
+    # --- effects ------------------------------------------------------------------------------------------------------
 
     def end(self, task_id: bytes) -> None:
         del self.tasks[task_id]
@@ -171,7 +171,7 @@ class Cancelling(RuleBasedStateMachine):
                 cls.said = cls.want
             changes.clear()
 
-    # --- what holds always ----------------------------------------------------------------------------------------------
+    # --- what holds always --------------------------------------------------------------------------------------------
 
     @invariant()
     def nothing_is_lost(self) -> None:

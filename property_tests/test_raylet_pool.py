@@ -1,4 +1,5 @@
-"""The worker pool under any sequence of events: its counters are those of a scan, and nobody is in two places."""
+"""The worker pool under any sequence of events: its counters are those of a scan, nobody is in two places, and no worker
+ever serves two jobs or two environments."""
 
 from __future__ import annotations
 
@@ -19,6 +20,10 @@ class PoolMachine(RuleBasedStateMachine):
         self.now_ms = 0.0
         self.born = 0
         self.asked = 0
+        self.wanted: dict[int, tuple[bytes, str]] = {}
+        """What each request that still waits has asked for."""
+        self.served: dict[bytes, tuple[bytes, str]] = {}
+        """Job and environment of each worker that has served."""
 
     def pick(self, number: int) -> bytes:
         names = list(self.pool.workers)
@@ -35,19 +40,26 @@ class PoolMachine(RuleBasedStateMachine):
     def register(self, number: int) -> None:
         self.pool.registered(self.pick(number), self.now_ms)
 
-    @rule(job=st.sampled_from([b"J", b"K"]), dedicated=st.booleans())
-    def ask(self, job: bytes, dedicated: bool) -> None:
+    @rule(job=st.sampled_from([b"J", b"K"]), environment=st.sampled_from(["", "", "E", "F"]), dedicated=st.booleans())
+    def ask(self, job: bytes, environment: str, dedicated: bool) -> None:
         self.asked += 1
-        self.pool.request(self.asked, job, dedicated)
+        self.wanted[self.asked] = (job, environment)
+        self.pool.request(self.asked, job, dedicated, environment)
 
     @rule(number=st.integers(0, 20))
     def cancel(self, number: int) -> None:
-        self.pool.cancel(self.asked - number)
+        assert self.pool.cancel(self.asked - number) == (self.wanted.pop(self.asked - number, None) is not None)
 
     @rule()
     def match(self) -> None:
-        for _, worker in self.pool.match():
+        for token, worker in self.pool.match():
+            assert isinstance(token, int)
             assert worker.state is State.BUSY
+            assert self.served.setdefault(worker.worker_id, self.wanted[token]) == self.wanted.pop(token)
+        # Whoever still waits could not have been served by anybody who idles.
+        idle = [worker for worker in self.pool.workers.values() if worker.state is State.IDLE]
+        assert not self.wanted or all(worker.worker_id in self.served for worker in idle)
+        assert not {self.served.get(worker.worker_id) for worker in idle} & set(self.wanted.values())
 
     @rule(number=st.integers(0, 20), blocked=st.booleans())
     def block(self, number: int, blocked: bool) -> None:
@@ -77,6 +89,8 @@ class PoolMachine(RuleBasedStateMachine):
         listed = list(made._fresh) + [name for names in made._idle.values() for name in names]
         assert sorted(listed) == sorted(idle)
         assert all(worker.job_id == b"" for worker in made._fresh.values())
+        assert all((w.job_id, w.environment) == key for key, ids in made._idle.items() for w in ids.values())
+        assert made._idle_number == sum(map(len, made._idle.values())) and all(made._idle.values())
         assert made._starting == sum(worker.state is State.STARTING for worker in workers)
         assert made._task_busy == sum(
             worker.state is State.BUSY and not worker.blocked and not worker.dedicated for worker in workers

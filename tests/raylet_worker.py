@@ -123,7 +123,7 @@ class FakeWorker:
                 self.push(*task)
             self.early.clear()
         elif isinstance(message, m.CreateActor):
-            what = bytes(payload).decode()
+            what = bytes(payload).decode(errors="replace")
             if what == "raise":
                 raylet.send(m.ActorReady(message.actor_id, message.incarnation, False), b"Traceback: it raised")
                 raylet.send(m.Unregister("the actor's constructor raised"))

@@ -383,6 +383,10 @@ def _handle_of(core: Core, record: ActorRecord) -> ActorHandle | None:
     if answer.message is None:
         return None
     named = msgspec.msgpack.decode(answer.message, type=NamedFacts)
+    return _new_handle(core, record, named.owner_endpoint, named.facts)
+
+
+def _new_handle(core: Core, record: ActorRecord, owner_endpoint: str, facts: HandleFacts) -> ActorHandle:
     object_id = record.actor_id + INDEX0
     with core.lock:
         if record.owner_worker_id is None or record.owner_worker_id == core.worker_id:
@@ -390,10 +394,26 @@ def _handle_of(core: Core, record: ActorRecord) -> ActorHandle | None:
             entry.state = INLINE
             entry.value = NONE_PICKLED
         else:
-            core.table.add_borrowed(object_id, record.owner_worker_id, named.owner_endpoint).local += 1
+            core.table.add_borrowed(object_id, record.owner_worker_id, owner_endpoint).local += 1
             core.table.register(object_id)
         core.settle()
-    return ActorHandle(ObjectRef(object_id, core), named.facts)
+    return ActorHandle(ObjectRef(object_id, core), facts)
+
+
+def current_actor(core: Core) -> ActorHandle:
+    """A handle of the actor that runs in this process. Raises RuntimeError when there is none."""
+    executor = core.executor
+    creation = executor.creation if executor is not None else None
+    if executor is None or creation is None:
+        raise RuntimeError("current_actor is for methods of actors")
+    facts = HandleFacts(
+        creation.class_name, method_table(executor.function(creation.class_id)), creation.max_task_retries,
+        groups=tuple(creation.concurrency_groups), out_of_order=creation.out_of_order,
+    )  # fmt: skip
+    for record in _actor_records(core):
+        if record.actor_id == executor.actor_id:
+            return _new_handle(core, record, creation.owner_endpoint, facts)
+    raise RuntimeError("the GCS does not know this actor any more")
 
 
 def list_named_actors(all_namespaces: bool = False) -> list[Any]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from ftray.api.actor import ActorHandle
+from ftray.api.actor import current_actor as current_actor_of
 from ftray.exceptions import FtrayError
 from ftray.runtime_env import RuntimeEnv, decode
 from ftray.wire.handshake import ROLE_TOOL
@@ -41,9 +43,56 @@ class RuntimeContext:
     def get_task_name(self) -> str | None:
         return self._context.function_name or None
 
+    def get_task_function_name(self) -> str | None:
+        """The same: a task is called by its function's name."""
+        return self.get_task_name()
+
+    def is_canceled(self) -> bool:
+        """Whether `ftray.cancel` was called for the task or actor call that asks. Calls of actors without coroutines
+        are not interrupted: a long one asks from time to time, cleans up and returns.
+
+        Raises RuntimeError in a driver, where there is nothing to cancel.
+        """
+        context, executor = self._context, self._core.executor
+        if executor is None or not context.task_id:
+            raise RuntimeError("is_canceled is for tasks and methods of actors: a program is not cancelled")
+        return context.cancelled or context.task_id in executor.cancelled
+
+    is_cancelled = is_canceled
+
     def get_actor_id(self) -> str | None:
         executor = self._core.executor
         return executor.actor_id.hex() if executor is not None and executor.actor_id else None
+
+    def get_actor_name(self) -> str | None:
+        """The name of this actor, empty if it has none; None outside of actors."""
+        executor = self._core.executor
+        return executor.creation.name if executor is not None and executor.creation is not None else None
+
+    @property
+    def current_actor(self) -> ActorHandle:
+        """A handle of this actor, to hand to others. Raises RuntimeError outside of actors.
+
+        An actor that keeps it keeps itself alive.
+        """
+        return current_actor_of(self._core)
+
+    def get_assigned_resources(self) -> dict[str, float]:
+        """What this worker has of its node for the task or actor that it runs; the CPUs of a task also while it waits
+        in `get` and has lent them. Raises RuntimeError in a driver, FtrayError when the node does not answer."""
+        core = self._core
+        if core.executor is None:
+            raise RuntimeError("get_assigned_resources is for tasks and actors: a program has no resources of its own")
+        worker_id, actor_id = core.worker_id.hex(), core.executor.actor_id.hex()
+        for lease in ask_raylet("status")["leases"]:
+            if lease["worker_id"] == worker_id or (actor_id and lease["actor"] == actor_id):
+                return {name: float(amount) for name, amount in lease["resources"].items()}
+        return {}
+
+    def get_node_labels(self) -> dict[str, str]:
+        """The labels of this node. Raises FtrayError when the node does not answer."""
+        labels: dict[str, str] = ask_raylet("status")["node"]["labels"]
+        return labels
 
     def get_attempt_number(self) -> int:
         """0 for the first run of the task, counted up with each retry."""

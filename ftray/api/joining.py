@@ -23,6 +23,7 @@ from ftray.wire.reactor import Handler, Link
 from ftray.worker import core as core_module
 from ftray.worker import inheritance, interrupts
 from ftray.worker.assembly import assemble
+from ftray.worker.class_environments import prepare
 from ftray.worker.core import Core, TaskContext
 from ftray.worker.serialization import set_default_ref_loader
 from ftray.worker.waiting import block
@@ -105,7 +106,7 @@ def join(
         try:
             core.environment = environment_of(core, runtime_env)
             if core.environment and decode(core.environment).get("config", {}).get("eager_install", True):
-                core.submitter.prepare(core.environment)
+                prepare(core, core.environment)
         except BaseException:
             leave(core)
             raise

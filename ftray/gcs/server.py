@@ -280,7 +280,7 @@ class GcsServer:
 
     def _schedule_tick(self) -> None:
         now_ms = self.reactor.now_ms()
-        due_ms = now_ms + self.config.heartbeat_timeout_ms / 10.0
+        due_ms = now_ms + self.config.heartbeat_timeout_ms / 5.0
         if self._leader is not None:
             due_ms = min(due_ms, self._leader.next_wake_ms())
         if self.watchers.any_behind:

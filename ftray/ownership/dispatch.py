@@ -375,7 +375,6 @@ class TaskDispatcher:
         self._remove(lease)
         tasks = list(lease.inflight.values())
         lease.inflight.clear()
-        lease.cls.index.clear()
         if not lease.ending:
             for task in tasks:
                 task.solo = True

@@ -4,7 +4,8 @@ Role: pure. A queue of tasks has no index, since most tasks are never asked for 
 The first question reads the queue once; later ones read only what has been queued since.
 
 Rules: between two calls of `clear` the queue grows at its right end and shrinks at its left end, or by taking out tasks
-that are not asked for again. Whoever puts a task back at the left end calls `clear`.
+that are not asked for again. Whoever puts tasks back at the left end calls `clear`; where that is not done, a task may
+be missed, and one that has left be found.
 
 Rejected: a scan for each question (cancelling a queue of ten thousand would take a minute); an index of all tasks that
 is kept up to date (50 ns and 100 bytes for each task submitted).
@@ -31,6 +32,8 @@ class QueueIndex:
         if not queue:
             return None
         known = self._known
+        if queue[0].task_id not in known:
+            known.clear()
         fresh: list[TaskRecord] = []
         for task in reversed(queue):
             if task.task_id in known:

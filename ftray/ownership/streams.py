@@ -148,6 +148,7 @@ class Stream:
             return GAP
         self.arrived += 1
         if self.left:
+            self.read = self.arrived
             self._untold_bytes += size
             return DISCARD
         self._sizes.append(size)
@@ -165,6 +166,8 @@ class Stream:
         if not self.over:
             self.over = self.failed = True
             self.arrived += 1
+            if self.left:
+                self.read = self.arrived
 
     # --- from the reader ---------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING
 
 from ftray.exceptions import ProtocolError
@@ -77,6 +77,8 @@ class Leases:
         """For status: what was last said to be impossible."""
         self.failing: list[str] = []
         """Why workers do not start, as long as they do not."""
+        self.on_settled: Callable[[], None] = lambda: None
+        """Told at the end of each settling: what is free may have changed."""
         self._settle_due = False
         self._timer: Timer | None = None
 
@@ -258,6 +260,7 @@ class Leases:
                 if link is not None:
                     link.send(LeaseReclaim(reclaim.lease_id or 0))
         self._look_again(now_ms)
+        self.on_settled()
 
     def _look_again(self, now_ms: float) -> None:
         retry_ms = self.pool.retry_in_ms(now_ms)

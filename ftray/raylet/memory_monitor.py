@@ -1,7 +1,8 @@
 """The memory monitor: ends a process before the kernel ends one of its own choice.
 
 Role: shell, under the reactor's lock. Every `memory_monitor_period_ms` it reads how much memory is in use, four times as
-often when little is left; `scheduling/memory.py` says whether that is too much and who has to go.
+often when little is left and a quarter as often when much is; `scheduling/memory.py` says whether that is too much and
+who has to go.
 
 Rules: the owner of what the process runs hears of it first (`WorkerDoomed`) and answers, so that it does not take the end
 for a crash: such work is repeated on a counter of its own (`task_oom_retries`). An owner that does not answer within
@@ -31,6 +32,8 @@ log = logging.getLogger("ftray.raylet")
 DOOM_WAIT_MS = 100
 NEAR_PERCENT = 10.0
 """Within so much of the threshold it looks four times as often."""
+FAR_PERCENT = 30.0
+"""Further than this from the threshold it looks a quarter as often: an idle node should be idle."""
 
 
 class MemoryMonitor:
@@ -59,6 +62,8 @@ class MemoryMonitor:
         period_ms = float(config.memory_monitor_period_ms)
         if is_short(usage, threshold - NEAR_PERCENT):
             period_ms /= 4
+        elif not is_short(usage, threshold - FAR_PERCENT):
+            period_ms *= 4
         if self._victim and self._victim not in raylet.processes.by_id:
             self._victim = b""
         if not self._victim and is_short(usage, threshold):

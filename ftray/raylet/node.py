@@ -31,7 +31,7 @@ from ftray.raylet.spec import NodeSpec, SpecError, endpoints_of, resources_of, s
 from ftray.store.arena import Arena
 from ftray.wire.handshake import ANY_CLUSTER, ROLE_CLIENT, ROLE_GCS, ROLE_RAYLET, ROLE_TOOL
 from ftray.wire.messages import GcsHeartbeat, Message, NodeFenced
-from ftray.wire.reactor import Handler, Link, Reactor
+from ftray.wire.reactor import Handler, Link, Reactor, Timer
 
 log = logging.getLogger("ftray.raylet")
 
@@ -40,6 +40,8 @@ LEAVE_TIMEOUT_MS = 100.0
 GRACE_MS = 300
 """How long workers may take to exit by themselves when the node stops."""
 TIDY_PERIOD_MS = 1_000
+HEAD_BEAT_SHARE = 0.4
+"""A head's own node gives a sign of life so often, as a share of the timeout."""
 CLUSTER_NAMESPACE = "ftray.cluster"
 _HOPELESS = ("cluster token", "protocol version", "another cluster")
 """What the handshake's errors say when it is not a matter of time."""
@@ -80,6 +82,9 @@ class Node:
         self.session_dir = session.create_session(root)
         self._parts.append(lambda: session.clean_session(self.session_dir))
         try:
+            spill_directory = environ.get("FTRAY_SPILL_DIRECTORY", "")
+            if spill_directory:
+                session.spill_elsewhere(self.session_dir, spill_directory)
             self._make(token, config, resources, store_bytes)
         except BaseException:
             self._undo()
@@ -124,6 +129,10 @@ class Node:
             self._registered_endpoint = self.reactor.listen(f"tcp:{self.spec.host}:0", self._accept)
         self._registered = False
         self._failure = ""
+        self._said_available: dict[str, float] = {}
+        self._beat: Timer | None = None
+        self._beat_due_ms = 0.0
+        self.raylet.leases.on_settled = self._load_changed
 
     def _host_gcs(self, cluster_id: bytes) -> list[str]:
         from ftray.gcs.replica import SingleReplica
@@ -256,8 +265,23 @@ class Node:
         self.stop(self._failure)
 
     def _heartbeat(self) -> None:
-        self.gcs.send(GcsHeartbeat(self.info.node_id, self.raylet.leases.scheduler.available))
-        self.reactor.call_later(self.reactor.config.heartbeat_period_ms, self._heartbeat)
+        """A sign of life, with what is free here. A head's own node is alive if the head is: it speaks less often, and
+        soon after what is free has changed."""
+        config = self.reactor.config
+        period_ms = config.heartbeat_timeout_ms * HEAD_BEAT_SHARE if self.info.head else config.heartbeat_period_ms
+        self._said_available = self.raylet.leases.scheduler.available
+        self.gcs.send(GcsHeartbeat(self.info.node_id, self._said_available))
+        self._beat_due_ms = self.reactor.now_ms() + period_ms
+        self._beat = self.reactor.call_later(period_ms, self._heartbeat)
+
+    def _load_changed(self) -> None:
+        soon_ms = self.reactor.config.heartbeat_period_ms
+        if self._beat is None or self._beat_due_ms <= self.reactor.now_ms() + soon_ms:
+            return
+        if self.raylet.leases.scheduler.available != self._said_available:
+            self._beat.cancel()
+            self._beat_due_ms = self.reactor.now_ms() + soon_ms
+            self._beat = self.reactor.call_later(soon_ms, self._heartbeat)
 
     def _tidy(self) -> None:
         self.raylet.leases.tidy(self.reactor.now_ms())

@@ -27,6 +27,7 @@ SESSIONS_KEPT = 10
 SOCKET_PATH_BYTES_MAX = 107
 """The kernel's limit for the path of a unix socket."""
 _PREFIX = "session_"
+_SPILL_PREFIX = "ftray-spill-"
 _LONGEST_SOCKET = "/sockets/w-000000000000.sock"
 
 
@@ -146,8 +147,29 @@ def clean_session(session_dir: str) -> None:
     """Removes what must not outlive the node: everything but the logs. Never raises."""
     for name in ("node.json", "node.json.new", "token"):
         _unlink(os.path.join(session_dir, name))
-    for name in ("sockets", "gcs", "spill", "environments"):
+    for name in ("sockets", "gcs", "environments"):
         _remove_tree(os.path.join(session_dir, name))
+    spill = os.path.join(session_dir, "spill")
+    if os.path.islink(spill):
+        target = os.readlink(spill)
+        if os.path.basename(target).startswith(_SPILL_PREFIX):
+            _remove_tree(target)
+        _unlink(spill)
+    else:
+        _remove_tree(spill)
+
+
+def spill_elsewhere(session_dir: str, parent: str) -> None:
+    """Has this session's spilled objects written below another directory, on a larger disk say.
+
+    They go with the session all the same, since its `spill` is a link to that. Raises SessionError.
+    """
+    target = os.path.join(os.path.abspath(parent), f"{_SPILL_PREFIX}{os.urandom(8).hex()}")
+    try:
+        os.mkdir(target, 0o700)
+        os.symlink(target, os.path.join(session_dir, "spill"))
+    except OSError as error:
+        raise SessionError(f"cannot spill objects to {parent!r} (FTRAY_SPILL_DIRECTORY): {error.strerror}") from error
 
 
 def clean_dead_sessions(root: str, kept: int = SESSIONS_KEPT) -> None:

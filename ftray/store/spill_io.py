@@ -47,7 +47,7 @@ def write_file(path: str, data: memoryview, is_stopped: Callable[[], bool]) -> i
     try:
         fd = os.open(path, flags, 0o600)
     except FileNotFoundError:
-        os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+        os.makedirs(os.path.realpath(os.path.dirname(path)), 0o700, exist_ok=True)
         fd = os.open(path, flags, 0o600)
     try:
         checksum = _write(fd, data, is_stopped)

@@ -13,7 +13,7 @@ Rejected: `wait` over all that is pending, again for each result (quadratic); a 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from ftray.worker.waiting import PENDING, Waiter
@@ -65,16 +65,19 @@ class Arrivals:
                     hang(object_id, entry, self)
             core.settle()
 
-    def wait(self, timeout_s: float | None) -> bool:
-        """Waits until something has arrived (True), or somebody woke the waiters, or time is up."""
+    def wait(self, timeout_s: float | None, unless: Callable[[], bool] | None = None) -> bool:
+        """Waits until something has arrived (True), or somebody woke the waiters, or time is up.
+
+        Does not wait when `unless()`: it is asked under the lock, so that a `wake` after a change is not missed.
+        """
         if self.arrived:
             return True
         core = self.core
         waiter = Waiter(1)
         with core.lock:
             core.drain()
-            if self.arrived:
-                return True
+            if self.arrived or (unless is not None and unless()):
+                return bool(self.arrived)
             self.waiters.append(waiter)
             core.settle()
         try:

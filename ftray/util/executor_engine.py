@@ -37,9 +37,10 @@ from typing import Any
 
 from ftray.api.objects import put
 from ftray.api.remote_function import RemoteFunction
-from ftray.exceptions import TaskError, UnserializableException, WorkerCrashedError
+from ftray.exceptions import TaskError, WorkerCrashedError
 from ftray.ownership.dispatch import ClassQueue
 from ftray.util.arrivals import Arrivals
+from ftray.util.errors import as_raised, remote_traceback
 from ftray.util.executor_calls import (
     InitializerFailed,
     call,
@@ -407,9 +408,8 @@ class Engine:
         cause = failed.__cause__ or failed
         if self.broken:
             return
-        remote = _remote_traceback(error)
         if cause.__cause__ is None:
-            cause.__cause__ = remote
+            cause.__cause__ = remote_traceback(error)
         log.critical("Exception in initializer:", exc_info=cause)
         self.break_down(f"its initializer raised {type(cause).__name__}: {cause}", cause)
 
@@ -487,31 +487,13 @@ def _complete(future: Future[Any], value: Any, error: BaseException | None) -> N
 
 
 def own_error(error: BaseException) -> BaseException:
-    """What a future raises: the call's exception as it was, with the remote traceback as its cause.
-
-    What can't be raised as it was (its type is missing here, or it would end the caller, such as SystemExit) stays a
-    TaskError; a worker's death becomes a CallCrashedError.
-    """
+    """What a future raises: the call's exception as it was, or a CallCrashedError for the death of its worker."""
     error.__traceback__ = None
     if isinstance(error, TaskError):
-        cause = TaskError._fields(error).get("cause")
-        if isinstance(cause, Exception) and not isinstance(cause, UnserializableException):
-            remote = _remote_traceback(error)
-            remote.__cause__ = cause.__cause__
-            BaseException.__setattr__(cause, "__cause__", remote)
-            return cause
-        return error
+        return as_raised(error)
     if isinstance(error, WorkerCrashedError):
         return CallCrashedError(error.death if error.death is not None else error.reason)
     return error
-
-
-def _remote_traceback(error: TaskError) -> TaskError:
-    fields = TaskError._fields(error)
-    return TaskError(
-        fields.get("function_name", ""), fields.get("traceback_str", ""), None, fields.get("pid", 0),
-        fields.get("node_id", ""),
-    )  # fmt: skip
 
 
 # --- the end of the program -------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ def become_actor(executor: Executor, message: CreateActor, payload: bytes) -> No
     spec = msgspec.msgpack.decode(payload, type=ActorCreation)
     executor.actor_id = message.actor_id
     executor.incarnation = message.incarnation
+    executor.creation = spec
     birth = Birth(executor, message, spec)
     if spec.asynchronous == "trio":
         executor.actor = TrioMode(spec, birth)

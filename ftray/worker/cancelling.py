@@ -233,7 +233,7 @@ class Canceller:
             return pushed[1], pushed[0]
         task = submitter.unfinished.get(task_id) or submitter.oom.resting.get(task_id)
         if task is None:
-            task = self._find_call(task_id) or submitter.dispatcher.find_queued(task_id)
+            task = submitter.dispatcher.find_queued(task_id) or self._find_call(task_id)
             if not self._forgetting:
                 self._forgetting = True
                 self.core.reactor.call_later(INDEX_MS, self._forget)
@@ -263,6 +263,10 @@ class Canceller:
             task = held[1].find(queue, task_id)
             if task is not None:
                 return task
+        for queue in queues:  # an actor's death may have put it back where the index does not look
+            for task in queue:
+                if task.task_id == task_id:
+                    return task
         return None
 
     def _forget(self) -> None:

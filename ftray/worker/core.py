@@ -60,6 +60,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("ftray.worker")
 
+IDLE_TICK_MS, IDLE_TICK_MAX_MS = 100, 800
+"""How soon released references are taken in when nothing else happens, at first and at last."""
+
 
 class TaskContext:
     """What runs in the current thread or coroutine: the parent of whatever it submits."""
@@ -137,6 +140,7 @@ class Core:
         self.callbacks = concurrent.futures.ThreadPoolExecutor(4, "ftray-callback")
         """Runs what calls user code when an object is ready; its threads start with the first use."""
         self._ticking = False
+        self._idle_ms = IDLE_TICK_MS
         self._thread: threading.Thread | None = None
         self._trio_token: trio.lowlevel.TrioToken | None = None
         self._stop_scope: trio.CancelScope | None = None
@@ -214,10 +218,13 @@ class Core:
         busy = self.submitter.tick()
         self.settle()
         if busy:
+            self._idle_ms = IDLE_TICK_MS
             self.tick_soon()
         elif self.entries and not self.closed:
+            # Nothing but references that user code may let go of without a word: looked after less and less often.
             self._ticking = True
-            self.reactor.call_later(100, self._tick)
+            self.reactor.call_later(self._idle_ms, self._tick)
+            self._idle_ms = min(2 * self._idle_ms, IDLE_TICK_MAX_MS)
 
     # --- the background loop -----------------------------------------------------------------------------------------
 

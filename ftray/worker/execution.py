@@ -29,6 +29,7 @@ from ftray.exceptions import FtrayError
 from ftray.wire.messages import (
     ERROR,
     INLINE,
+    ActorCreation,
     CreateActor,
     ExitWorker,
     Message,
@@ -116,6 +117,7 @@ class Executor:
         self.assigned = Answer()
         self.actor: ActorMode | None = None
         self.actor_id = b""
+        self.creation: ActorCreation | None = None
         self.incarnation = 0
         self.replies = Replies(self)
         self.events = TaskEvents(core.config.task_events_max, self.function_name)

@@ -41,6 +41,7 @@ from ftray.wire.messages import (
     WorkerDoomed,
 )
 from ftray.wire.reactor import Link
+from ftray.worker.class_environments import environment_failed
 from ftray.worker.objects import Answer
 from ftray.worker.waiting import block
 
@@ -131,7 +132,7 @@ class RayletClient:
         elif isinstance(message, StorePressure):
             core.objects.let_go(message.request)
         elif isinstance(message, LeaseEnvironmentFailed):
-            core.submitter.environment_failed(message)
+            environment_failed(core, message)
         elif isinstance(message, WorkerDoomed):
             core.submitter.oom.doomed(message)
         elif isinstance(message, ObjectCreated | ObjectsPinned | DeathCauseKnown):

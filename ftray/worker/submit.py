@@ -16,13 +16,7 @@ import logging
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from ftray.exceptions import (
-    DeathCause,
-    FtrayError,
-    RuntimeEnvSetupError,
-    TaskUnschedulableError,
-    WorkerCrashedError,
-)
+from ftray.exceptions import DeathCause, FtrayError, TaskUnschedulableError, WorkerCrashedError
 from ftray.gcs.state.commands import KvPut
 from ftray.ids import RETURN_INDEX, return_id
 from ftray.ownership.dispatch import ClassQueue, Lease, TaskDispatcher
@@ -36,7 +30,6 @@ from ftray.wire.messages import (
     Dependency,
     KillWorker,
     LeaseDemand,
-    LeaseEnvironmentFailed,
     LeaseGranted,
     LeaseInfeasible,
     Message,
@@ -358,29 +351,6 @@ class Submitter:
             )  # fmt: skip
         self.infeasible_classes[message.class_id] = message.missing
         self._infeasible_again(cls)
-
-    def environment_failed(self, message: LeaseEnvironmentFailed) -> None:
-        """The node can't set up the environment of a class: the tasks that wait for it fail, later ones try again."""
-        cls = self.dispatcher.by_id.get(message.class_id)
-        if cls is None:
-            return
-        tasks = self.dispatcher.withdraw(message.class_id)
-        if not tasks:
-            log.warning("the runtime environment of %s could not be set up: %s", cls.name, message.error)
-        for task in tasks:
-            text = f"the runtime environment of {task.function.name} could not be set up: {message.error}"
-            self.fail(task, RuntimeEnvSetupError(text))
-        self.after()
-
-    def prepare(self, environment: str) -> None:
-        """Lets the node fetch what an environment needs before a task asks for it. Not under the lock."""
-        core = self.core
-        with core.lock:
-            cls = self.dispatcher.class_for(("prepare", environment), {"CPU": 1.0}, "the job")
-            cls.environment = environment
-            self.dispatcher.demands[cls.class_id] = cls
-            self.say_demands()
-            core.settle()
 
     def _infeasible_again(self, cls: ClassQueue) -> None:
         def fail() -> None:

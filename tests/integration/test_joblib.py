@@ -21,7 +21,7 @@ from joblib import Parallel, delayed, parallel_config  # noqa: E402
 
 from ftray.util.joblib import register_ftray, register_ray  # noqa: E402
 
-SESSION = {"num_cpus": 3, "resources": {"widget": 1}}
+SESSION = {"num_cpus": 3, "resources": {"widget": 1}, "_system_config": {"infeasible_timeout_ms": 100}}
 pytestmark = pytest.mark.usefixtures("session")
 
 
@@ -69,10 +69,19 @@ def test_all_cpus_of_the_cluster_by_default(tmp_path: Path) -> None:
         Parallel(n_jobs=0)(delayed(abs)(i) for i in range(3))
 
 
-def test_one_job_runs_here_unless_its_tasks_need_something() -> None:
+def test_one_job_runs_here() -> None:
     assert Parallel(n_jobs=1, backend="ftray")([delayed(os.getpid)()]) == [os.getpid()]
-    with parallel_config(backend="ftray", remote_args={"resources": {"widget": 1}}):
-        assert Parallel(n_jobs=1)([delayed(os.getpid)()]) != [os.getpid()]
+
+
+def test_tasks_may_need_something(tmp_path: Path) -> None:
+    with parallel_config(backend="ftray", n_jobs=2, remote_args={"resources": {"widget": 1}}):
+        results = Parallel(batch_size=1, return_as="generator")(
+            delayed(meet_and_tell)(tmp_path, 1) for _ in range(4)
+        )
+        assert len(list(results)) == 4
+    with parallel_config(backend="ftray", n_jobs=2, remote_args={"resources": {"widget": 2}}):
+        with pytest.raises(ftray.exceptions.TaskUnschedulableError):
+            Parallel()(delayed(abs)(i) for i in range(2))
 
 
 def test_generators_of_results() -> None:
@@ -127,7 +136,7 @@ def test_an_error_ends_what_was_dispatched(tmp_path: Path) -> None:
 
 
 def test_a_timeout(tmp_path: Path) -> None:
-    with parallel_config(backend="ftray", n_jobs=2), pytest.raises(TimeoutError):
+    with parallel_config(backend="ftray", n_jobs=2), pytest.raises(joblib.parallel.TimeoutError):
         Parallel(timeout=0.05)(delayed(wait_for_file)(tmp_path / "go") for _ in range(2))
     (tmp_path / "go").touch()
 

@@ -20,7 +20,7 @@ import ftray
 from ftray import exceptions
 
 MB = 1 << 20
-SESSION = {"num_cpus": 2, "object_store_memory": 96 * MB}
+SESSION = {"num_cpus": 2, "object_store_memory": 96 * MB, "_system_config": {"store_room_wait_ms": 300}}
 pytestmark = pytest.mark.usefixtures("session")
 
 
@@ -297,10 +297,11 @@ def test_a_full_store_is_a_typed_error_and_room_comes_back() -> None:
     with pytest.raises(exceptions.ObjectStoreFullError, match="object_store_memory"):
         ftray.put(np.zeros(200 * MB, dtype=np.uint8))
     refs = [ftray.put(np.zeros(20 * MB, dtype=np.uint8)) for _ in range(4)]
-    with pytest.raises(exceptions.ObjectStoreFullError):
+    looked_into = ftray.get(refs)
+    with pytest.raises(exceptions.ObjectStoreFullError, match="in use"):
         ftray.put(np.zeros(30 * MB, dtype=np.uint8))
-    assert ftray.get(refs[3])[-1] == 0
-    del refs[:2]
+    assert looked_into[3][-1] == 0
+    del looked_into[:2]
     refs.append(ftray.put(np.ones(30 * MB, dtype=np.uint8)))
     assert ftray.get(refs[-1])[-1] == 1
 

@@ -426,4 +426,4 @@ def test_dead_and_unknown_nodes_are_told_so() -> None:
     leader.state.apply(b"", 0, c.RegisterNode(N2, "unix:/2", {}, {}, 2, "host", 1))
     monitor.on_changes(leader.state.take_changes(), 900)
     assert monitor.on_heartbeat(N2, 1_000)
-    assert monitor.next_wake_ms() == pytest.approx(100)
+    assert monitor.next_wake_ms() == pytest.approx(200)

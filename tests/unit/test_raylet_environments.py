@@ -157,13 +157,15 @@ def test_what_no_driver_says_is_refused_and_harms_nothing(driver: Driver, enviro
 
 def test_a_failure_at_the_worker_withdraws_the_demand(node: NodeProcess, driver: Driver) -> None:
     environment = said({"env_vars": {"FAKE": "fail"}})
-    driver.say(demand(1, 2, environment))
+    driver.say(m.LeaseDemand(1, 2, {"CPU": 2.0}, "class1", environment))  # one at a time
     failed, _ = driver.take(m.LeaseEnvironmentFailed)
-    assert failed.error == "as the test wants it"
+    assert (failed.class_id, failed.error) == (1, "as the test wants it")
     # Until it is asked for anew, no worker is spent on it.
-    assert driver.lease(2, class_id=2)
-    driver.say(demand(1, 1, first=False))
+    grants = driver.lease(2, class_id=2)
+    assert not [each for _, each, _ in driver.received if isinstance(each, m.LeaseEnvironmentFailed)]
     driver.say(demand(2, 0, first=False))
+    driver.say(m.ReturnLeases(tuple(grant.lease_id for grant in grants)))
+    driver.say(demand(1, 1, first=False))
     driver.take(m.LeaseEnvironmentFailed)
 
 

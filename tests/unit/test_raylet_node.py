@@ -22,7 +22,7 @@ Connect = Callable[..., Driver]
 
 @pytest.fixture
 def node() -> Iterator[NodeProcess]:
-    made = NodeProcess()
+    made = NodeProcess(config={"store_room_wait_ms": 300})
     assert made.ready["ok"], made.ready
     yield made
     made.close()

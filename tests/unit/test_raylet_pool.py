@@ -44,6 +44,35 @@ def test_a_worker_serves_one_job_for_good() -> None:
     assert again is first
 
 
+def test_a_worker_serves_one_environment_for_good() -> None:
+    made = pool()
+    ready(made, b"a", b"b", b"c")
+    first = made.acquire(b"J", environment="E")
+    assert first is not None
+    made.release(first.worker_id, 1)
+    plain, other = made.acquire(b"J"), made.acquire(b"J", environment="F")
+    assert plain is not None and other is not None and first not in (plain, other)
+    assert made.acquire(b"J") is None and made.acquire(b"K", environment="E") is None
+    assert made.acquire(b"J", environment="E") is first
+    made.release(plain.worker_id, 2)
+    made.request("x", b"J", environment="G")
+    assert made.match() == [] and made.forks(2) > 0
+
+
+def test_workers_of_many_environments_do_not_pile_up() -> None:
+    made = pool()
+    for number in range(40):
+        name = b"w%d" % number
+        ready(made, name, now_ms=number)
+        worker = made.acquire(b"J", environment=str(number))
+        assert worker is not None
+        made.release(name, number)
+    asked = made.expire(50)  # long before the time of any of them
+    assert asked == [b"w%d" % number for number in range(40 - 2 * 3 - 8)]
+    assert made.expire(51) == []
+    assert len(made.expire(50 + IDLE_KILL_MS)) == 14 - 3
+
+
 def test_the_last_to_become_idle_works_next() -> None:
     made = pool()
     ready(made, b"a", b"b")

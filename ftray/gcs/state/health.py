@@ -113,7 +113,7 @@ class NodeHealth:
 
     def next_wake_ms(self) -> float:
         """When `plan` should be called at the latest."""
-        return self._planned_ms + self.timeout_ms / 10
+        return self._planned_ms + self.timeout_ms / 5
 
     def _see(self, node_id: bytes, node: NodeRecord | None, now_ms: float) -> None:
         if node is None or node.state is NodeState.DEAD:

@@ -140,9 +140,9 @@ class FtrayBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[misc
     def configure(
         self, n_jobs: int = 1, parallel: Any = None, prefer: Any = None, require: Any = None, **others: Any
     ) -> int:
-        """Begins a call of `Parallel`. A single job runs here, unless its tasks have options of their own."""
+        """Begins a call of `Parallel`. A single job runs in this process, as with joblib's own backends."""
         jobs = self.effective_n_jobs(n_jobs)
-        if jobs == 1 and not self._remote_args:
+        if jobs == 1:
             raise FallbackToBackend(SequentialBackend(nesting_level=self.nesting_level))
         self.parallel = parallel
         self._executor = FtrayExecutor(jobs, **self._remote_args)

@@ -1,0 +1,397 @@
+"""What drives a pool: it carries out what the crew decides, and hands results to the jobs they belong to.
+
+Role: shell. Two kinds of threads call `process`, which acts on the answers that have arrived:
+
+- a thread that waits for a result (`wait_until`): it reads the answer itself, starts the next batch, and is done, without
+  any handover;
+- the pool's own thread, whenever nobody waits. It also runs the callbacks, one after another.
+
+Rules: `lock` guards the crew and the counters of jobs, and is held neither over calls into the runtime nor over user code. An
+interrupt in `process` or `act` leaves what was not done yet to the next who calls them. Whoever completes a job wakes all who
+wait (`notify`); one of them may be blocked in reading, which the event descriptor ends.
+
+Rejected: the pool's thread for all results (two handovers for each `apply`); starting batches from handlers under the core's
+lock (they are serialised when they start).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from multiprocessing.pool import MaybeEncodingError  # type: ignore[attr-defined]
+from queue import SimpleQueue
+from types import BuiltinFunctionType, FunctionType, ModuleType
+from typing import Any
+
+from ftray.api.actor import ActorClass, ActorHandle, kill
+from ftray.api.objects import put
+from ftray.exceptions import ActorDiedError, ActorUnavailableError, FtrayError, SerializationError
+from ftray.util.arrivals import Arrivals
+from ftray.util.multiprocessing.crew import Batch, Crew, Effect, Fail, Hire, Kill, Leave, Run
+from ftray.util.multiprocessing.worker import PoolWorker
+from ftray.worker.core import Core, get_core
+from ftray.worker.refs import ObjectRef
+from ftray.worker.serialization import serialize
+from ftray.worker.waiting import FAILED
+
+log = logging.getLogger("ftray.util")
+
+Function = tuple[Any, bool | None]
+"""As `PoolWorker.run` takes it: a pickle (or a reference to one in the store) and whether to keep it, or itself and None."""
+
+
+class _Arrivals(Arrivals):
+    """Wakes the pool's thread when nobody waits."""
+
+    def __init__(self, core: Core, inbox: SimpleQueue[Any]) -> None:
+        super().__init__(core)
+        self._inbox = inbox
+
+    def ready(self, object_id: bytes, entry: Any) -> None:
+        super().ready(object_id, entry)
+        if not self.waiters:
+            self._inbox.put(None)
+
+
+class _Call:
+    """What was asked of a worker and is not answered."""
+
+    __slots__ = ("effect", "ref")
+
+    def __init__(self, effect: Effect, ref: ObjectRef[Any]) -> None:
+        self.effect = effect
+        self.ref = ref
+
+
+class Engine:
+    """See the module. It does not know its pool, so that a pool that nobody holds can end."""
+
+    def __init__(
+        self, size: int, initializer: bytes | None, batches_max: int | None, actor_options: dict[str, Any]
+    ) -> None:
+        self.core = core = get_core()
+        self.lock = threading.Lock()
+        self.jobs: set[Any] = set()
+        """Those that are not done."""
+        self.pids: dict[int, int] = {}
+        """Process ids of the workers that have started."""
+        self.inbox: SimpleQueue[Any] = SimpleQueue()
+        """For the pool's thread: None (look at what arrived) or a function to call."""
+        self._initializer: Any = initializer
+        if initializer is not None and len(initializer) > core.config.inline_bytes_max:
+            self._initializer = put(initializer)
+        self._class = ActorClass(PoolWorker, actor_options)
+        self._handles: dict[int, ActorHandle] = {}
+        self._calls: dict[bytes, _Call] = {}
+        self._functions: weakref.WeakKeyDictionary[Any, Function] = weakref.WeakKeyDictionary()
+        self._arrivals = _Arrivals(core, self.inbox)
+        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._stopping = False
+        self.stopped = False
+        """There is nothing left of it."""
+        with core.lock:
+            core.reactor.watch(self._wake_fd, self._woken)
+        self.crew = Crew(size, batches_max)
+        self.thread = threading.Thread(target=self._serve, name="ftray-pool", daemon=True)
+        self.thread.start()
+        self.act()
+
+    # --- work --------------------------------------------------------------------------------------------------------
+
+    def function(self, function: Callable[..., Any]) -> Function:
+        """A function as batches carry it. A plain one is pickled once for all its jobs."""
+        if isinstance(function, FunctionType):
+            plain = function.__closure__ is None
+        else:
+            plain = isinstance(function, BuiltinFunctionType) and isinstance(function.__self__, ModuleType)
+        packed = self._functions.get(function) if plain else None
+        if packed is None:
+            pickled = serialize(function, f"function {getattr(function, '__qualname__', function)}")
+            if pickled.refs:
+                return function, None  # as an argument, so that whoever holds the references is known
+            data: Any = pickled.to_bytes()
+            packed = (put(data) if len(data) > self.core.config.inline_bytes_max else data, plain)
+            if plain:
+                self._functions[function] = packed
+        return packed
+
+    def submit(self, batches: list[Batch]) -> None:
+        """Starts them, or queues them."""
+        with self.lock:
+            for batch in batches:
+                self.crew.submit(batch)
+        self.act()
+
+    def add_job(self, job: Any) -> None:
+        with self.lock:
+            self.jobs.add(job)
+
+    def job_done(self, job: Any) -> None:
+        """All of it is done, callbacks included."""
+        with self.lock:
+            self.jobs.discard(job)
+        if self.crew.closed:
+            self.stop_if_over()
+        self.notify()
+
+    # --- carrying out what the crew decides --------------------------------------------------------------------------
+
+    def act(self) -> None:
+        """Carries out all effects there are."""
+        while True:
+            with self.lock:
+                effects = self.crew.take_effects()
+            if not effects:
+                return
+            done = 0
+            try:
+                for effect in effects:
+                    self._carry_out(effect)
+                    done += 1
+            except BaseException:
+                with self.lock:
+                    self.crew.give_back(effects[done:])
+                raise
+
+    def _carry_out(self, effect: Effect) -> None:
+        if isinstance(effect, Run):
+            self._run(effect)
+        elif isinstance(effect, Hire):
+            self._hire(effect)
+        elif isinstance(effect, Leave):
+            self._leave(effect)
+        elif isinstance(effect, Kill):
+            self.pids.pop(effect.number, None)
+            handle = self._handles.pop(effect.number, None)
+            if handle is not None:
+                try:
+                    kill(handle)
+                except FtrayError:
+                    pass  # the session is over, and the worker with it
+        else:
+            effect.batch.job.deliver(effect.batch, False, effect.error)
+
+    def _ask(self, effect: Effect, method: Callable[..., ObjectRef[Any]], *args: Any) -> None:
+        ref = method(*args)
+        self._calls[ref._id] = _Call(effect, ref)
+        self._arrivals.add((ref._id,))
+
+    def _hire(self, effect: Hire) -> None:
+        number = effect.number
+        try:
+            handle = self._handles[number] = self._class.remote()
+            self._ask(effect, handle.setup.remote, self._initializer)
+        except Exception as error:
+            with self.lock:
+                self.crew.broke(error)
+            return
+        with self.lock:
+            wanted = number in self.crew.members
+        if not wanted:  # the pool was terminated while it was made
+            self._carry_out(Kill(number))
+
+    def _leave(self, effect: Leave) -> None:
+        handle = self._handles.get(effect.number)
+        try:
+            if handle is not None:
+                self._ask(effect, handle.leave.remote)
+        except Exception:  # the session is over, and the worker with it
+            with self.lock:
+                self.crew.gone(effect.number)
+            self.stop_if_over()
+
+    def _run(self, effect: Run) -> None:
+        batch = effect.batch
+        handle = self._handles.get(effect.number)
+        if handle is None:
+            return  # terminated: the batch has failed with the others
+        function, keep = batch.function
+        try:
+            self._ask(effect, handle.run.remote, batch.kind, function, keep, batch.items)
+        except Exception as error:  # the items cannot be pickled
+            with self.lock:
+                self.crew.finished(effect.number, batch)
+            batch.job.deliver(batch, False, _plain(error))
+
+    # --- answers -----------------------------------------------------------------------------------------------------
+
+    def process(self) -> None:
+        """Acts on all answers that have arrived."""
+        arrived = self._arrivals.arrived
+        while arrived:
+            try:
+                object_id = arrived.popleft()
+            except IndexError:
+                return
+            call = self._calls.get(object_id)
+            if call is not None:
+                try:
+                    self._answered(object_id, call)
+                except BaseException:
+                    if object_id in self._calls:
+                        arrived.appendleft(object_id)
+                    raise
+            call = None
+
+    def _answered(self, object_id: bytes, call: _Call) -> None:
+        effect = call.effect
+        entry = self.core.entries.get(object_id)
+        death: Any = entry.value if entry is not None and entry.state == FAILED else None
+        if not isinstance(death, ActorDiedError | ActorUnavailableError):
+            death = None
+        if isinstance(effect, Run) and death is None:
+            # The worker gets its next batch before this one's results are unpickled.
+            with self.lock:
+                self.crew.finished(effect.number, effect.batch)
+            self.act()
+            ok, value = self._load(call.ref)
+            self._calls.pop(object_id, None)
+            effect.batch.job.deliver(effect.batch, ok, value)
+            return
+        if isinstance(effect, Hire) and death is None:
+            ok, value = self._load(call.ref)
+            self._calls.pop(object_id, None)
+            with self.lock:
+                if ok:
+                    self.pids[effect.number] = value
+                    self.crew.started(effect.number)
+                else:
+                    self.crew.broke(value)
+        else:
+            self._calls.pop(object_id, None)
+            number = effect.number  # type: ignore[union-attr]
+            self._handles.pop(number, None)
+            self.pids.pop(number, None)
+            with self.lock:
+                if isinstance(effect, Leave):
+                    self.crew.gone(number)
+                else:
+                    self.crew.died(number, death)
+        self.act()
+        self.stop_if_over()
+
+    def _load(self, ref: ObjectRef[Any]) -> tuple[bool, Any]:
+        """A worker's answer, or why there is none."""
+        try:
+            ok, value = self.core.objects.get((ref,), None)[0]
+        except SerializationError as error:
+            return False, MaybeEncodingError(error, "the result")
+        except Exception as error:
+            return False, _plain(error)
+        return ok, value
+
+    # --- waiting -----------------------------------------------------------------------------------------------------
+
+    def wait_until(self, there: Callable[[], bool], timeout_s: float | None = None) -> bool:
+        """Waits until `there()`, which another thread may bring about; acts on answers meanwhile. False when time is up."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        try:
+            while True:
+                self.process()
+                if there():
+                    return True
+                left = None if deadline is None else deadline - time.monotonic()
+                if left is not None and left <= 0:
+                    return False
+                self._arrivals.wait(left, there)
+        except BaseException:
+            self.inbox.put(None)  # an interrupt: what woke this thread is left to the pool's
+            raise
+
+    def notify(self) -> None:
+        """Something has happened that a waiting thread may wait for."""
+        if self._arrivals.waiters:
+            with self.core.lock:
+                self._wake_all()
+
+    def _wake_all(self) -> None:
+        if self._arrivals.waiters and not self.stopped:
+            self._arrivals.wake()
+            os.eventfd_write(self._wake_fd, 1)
+
+    def _woken(self) -> None:
+        """Under the core's lock; the thread that was reading looks again after this."""
+        try:
+            os.eventfd_read(self._wake_fd)
+        except BlockingIOError:
+            pass
+        if self.stopped:
+            self.core.reactor.unwatch(self._wake_fd)
+            os.close(self._wake_fd)
+
+    # --- the pool's thread -------------------------------------------------------------------------------------------
+
+    def _serve(self) -> None:
+        while True:
+            item = self.inbox.get()
+            try:
+                if item is None:
+                    self.process()
+                elif item is _STOP:
+                    self._end()
+                    return
+                else:
+                    item()
+            except Exception:
+                log.exception("the thread of a pool failed")
+            item = None  # what it holds shall not live until the next
+
+    # --- the end -----------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        with self.lock:
+            self.crew.close()
+        self.act()
+        self.stop_if_over()
+
+    def terminate(self, error: BaseException) -> None:
+        """Ends the workers; all that is not done fails with `error`."""
+        with self.lock:
+            self.crew.terminate(error)
+            jobs = list(self.jobs)
+        self._calls.clear()
+        self._arrivals.close()
+        for job in jobs:
+            job.abort(error)
+        self.act()
+        self.stop_if_over()
+
+    def abandon(self) -> None:
+        """Nobody holds the pool any more. A finaliser may call this."""
+        self.inbox.put(self._abandoned)
+
+    def _abandoned(self) -> None:
+        self.terminate(RuntimeError("the pool was dropped"))
+
+    def stop_if_over(self) -> None:
+        """Ends the pool's thread once there is nothing left for it."""
+        with self.lock:
+            if self._stopping or self.jobs or not self.crew.over:
+                return
+            self._stopping = True
+        self.inbox.put(_STOP)
+
+    def _end(self) -> None:
+        """The last that happens here, in the pool's thread."""
+        self._functions.clear()
+        core = self.core
+        with core.lock:
+            self._arrivals.wake()
+            self.stopped = True
+            if core.closed:
+                os.close(self._wake_fd)
+            else:
+                os.eventfd_write(self._wake_fd, 1)
+
+
+_STOP = object()
+
+
+def _plain(error: Exception) -> Exception:
+    """What pickling an argument raised, rather than the account of where."""
+    cause = error.__cause__
+    return cause if isinstance(error, SerializationError) and isinstance(cause, Exception) else error

@@ -1,0 +1,115 @@
+"""What runs in a pool's worker: an actor that calls functions, as a process of `multiprocessing.Pool` does.
+
+Role: shell, in the worker. One call of `run` is one batch. An exception of the user's function is an answer like others:
+`(False, exception)`, with the remote traceback as its cause.
+
+Functions and classes of the program's `__main__` (and of whatever else cannot be imported) travel by value. Here they share one
+set of globals for each module they come from, for as long as the worker lives, as they would in a forked process: what the
+initializer has set is there for the tasks, and what a task has counted is there for the next. Names that are not yet there are
+taken from what arrives; functions, classes and modules always are, so that a function defined anew takes the place of the old.
+
+Rejected: a set of globals for each pickle, which is what cloudpickle does: an initializer could then set nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from multiprocessing.pool import ExceptionWithTraceback  # type: ignore[attr-defined]
+from types import FunctionType, ModuleType
+from typing import Any
+
+from ftray.api.actor import exit_actor
+from ftray.exceptions import ActorExit
+from ftray.worker.serialization import deserialize
+
+CALL, MAP, STAR = 0, 1, 2
+"""What `items` of a batch is: `(args, kwargs)` of one call, a list of single arguments, or of tuples of arguments."""
+KEPT_MAX = 256
+"""Functions that a worker keeps unpickled."""
+
+Answer = tuple[bool, Any]
+"""(True, result or list of results) or (False, exception)."""
+
+
+class PoolWorker:
+    """See the module."""
+
+    def __init__(self) -> None:
+        self._kept: dict[bytes, Callable[..., Any]] = {}
+        _share_globals()
+
+    def setup(self, initializer: bytes | None) -> Answer:
+        """Runs the initializer; answers with the process id."""
+        if initializer is not None:
+            try:
+                function, args = deserialize(initializer)
+                function(*args)
+            except ActorExit:
+                raise
+            except BaseException as error:
+                return False, _carried(error)
+        return True, os.getpid()
+
+    def run(self, kind: int, function: Any, keep: bool | None, items: Any) -> Answer:
+        """Runs a batch. `function` is pickled; it is kept for later batches with `keep`, and is itself with None."""
+        try:
+            if keep is not None:
+                function = self._load(function, keep)
+            if kind == CALL:
+                args, kwargs = items
+                return True, function(*args, **kwargs)
+            if kind == MAP:
+                return True, list(map(function, items))
+            return True, [function(*args) for args in items]
+        except ActorExit:
+            raise
+        except BaseException as error:
+            return False, _carried(error)
+
+    def _load(self, pickled: bytes, keep: bool) -> Callable[..., Any]:
+        function = self._kept.get(pickled) if keep else None
+        if function is None:
+            function = deserialize(pickled)
+            if keep:
+                if len(self._kept) >= KEPT_MAX:
+                    self._kept.pop(next(iter(self._kept)))
+                self._kept[bytes(pickled)] = function
+        loaded: Callable[..., Any] = function
+        return loaded
+
+    def leave(self) -> None:
+        """Ends the process."""
+        exit_actor()
+
+
+def _carried(error: BaseException) -> Any:
+    if not isinstance(error, Exception):  # it would end the program that asks for the result
+        name = type(error).__name__
+        stand_in = RuntimeError(f"the function raised {name}({', '.join(map(repr, error.args))}) in a worker of the pool")
+        return ExceptionWithTraceback(stand_in, error.__traceback__)
+    return ExceptionWithTraceback(error, error.__traceback__)
+
+
+def _share_globals() -> None:
+    """Has cloudpickle give functions of one module one set of globals, in this process."""
+    from cloudpickle import cloudpickle
+
+    make, set_state = cloudpickle._make_function, cloudpickle._function_setstate
+    modules: dict[str, dict[str, Any]] = {}
+
+    def make_function(code: Any, base: dict[str, Any], name: Any, defaults: Any, closure: Any) -> Any:
+        module = base.get("__name__")
+        return make(code, base if module is None else modules.setdefault(module, base), name, defaults, closure)
+
+    def set_function_state(function: Any, state: Any) -> None:
+        attributes, slots = state
+        there = function.__globals__
+        slots["__globals__"] = {
+            name: value
+            for name, value in slots["__globals__"].items()
+            if name not in there or isinstance(value, FunctionType | type | ModuleType)
+        }
+        set_state(function, (attributes, slots))
+
+    cloudpickle._make_function, cloudpickle._function_setstate = make_function, set_function_state
