@@ -23,7 +23,6 @@ NOT_YET = frozenset(
         "PendingCallsLimitExceeded", "ActorPlacementGroupRemoved", "ObjectFetchTimedOutError",
         "ReferenceCountingAssertionError", "ObjectReconstructionFailedError",
         "ObjectReconstructionFailedMaxAttemptsExceededError", "ObjectReconstructionFailedLineageEvictedError",
-        "OutOfDiskError",
     )
 )  # fmt: skip
 """Defined, and not raised by this version."""

@@ -44,7 +44,7 @@ _WHERE = {
     "available_resources": "ftray.api.context",
     "timeline": "ftray.api.timeline",
 }
-_MODULES = ("exceptions", "actor", "runtime_context", "util")
+_MODULES = ("exceptions", "actor", "runtime_context", "runtime_env", "util")
 
 __all__ = ["__version__", *_WHERE]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -220,3 +221,4 @@ class ActorCallsMachine(RuleBasedStateMachine):
 
 
 TestActorCalls = ActorCallsMachine.TestCase
+TestActorCalls.settings = settings(stateful_step_count=100)

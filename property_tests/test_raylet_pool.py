@@ -1,10 +1,10 @@
-"""The worker pool under any sequence of events: its counters are those of a scan, nobody is in two places, and no worker
-ever serves two jobs or two environments."""
+"""The worker pool under any sequence of events: its counters are those of a scan, nobody is in two places, and no
+worker ever serves two jobs or two environments."""
 
 from __future__ import annotations
 
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from ftray.raylet.pool import State, WorkerPool
 
@@ -25,9 +25,18 @@ class PoolMachine(RuleBasedStateMachine):
         self.served: dict[bytes, tuple[bytes, str]] = {}
         """Job and environment of each worker that has served."""
 
-    def pick(self, number: int) -> bytes:
-        names = list(self.pool.workers)
+    def pick(self, number: int, state: State | None = None) -> bytes:
+        """Mostly one of that state, if there is any; now and then anybody."""
+        names = [name for name, worker in self.pool.workers.items() if state is None or worker.state is state]
+        if not names or number == 0:
+            names = list(self.pool.workers)
         return names[number % len(names)] if names else b"nobody"
+
+    @initialize(count=st.integers(1, 3))
+    def begin(self, count: int) -> None:
+        self.fork(1.0)
+        for number in range(count):
+            self.register(1 + number)
 
     @rule(passed_ms=st.sampled_from([1.0, 100.0, IDLE_KILL_MS, 3 * IDLE_KILL_MS]))
     def fork(self, passed_ms: float) -> None:
@@ -38,13 +47,21 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule(number=st.integers(0, 20))
     def register(self, number: int) -> None:
-        self.pool.registered(self.pick(number), self.now_ms)
+        self.pool.registered(self.pick(number, State.STARTING), self.now_ms)
 
-    @rule(job=st.sampled_from([b"J", b"K"]), environment=st.sampled_from(["", "", "E", "F"]), dedicated=st.booleans())
-    def ask(self, job: bytes, environment: str, dedicated: bool) -> None:
+    @rule(
+        job=st.sampled_from([b"J", b"K"]), environment=st.sampled_from(["", "E"]), dedicated=st.booleans(),
+        matched=st.booleans(), used=st.booleans(),
+    )  # fmt: skip
+    def ask(self, job: bytes, environment: str, dedicated: bool, matched: bool, used: bool) -> None:
+        """Often somebody is served at once, and has done in a moment."""
         self.asked += 1
         self.wanted[self.asked] = (job, environment)
         self.pool.request(self.asked, job, dedicated, environment)
+        if matched:
+            self.match()
+            if used:
+                self.release(1)
 
     @rule(number=st.integers(0, 20))
     def cancel(self, number: int) -> None:
@@ -63,11 +80,11 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule(number=st.integers(0, 20), blocked=st.booleans())
     def block(self, number: int, blocked: bool) -> None:
-        self.pool.block(self.pick(number), blocked)
+        self.pool.block(self.pick(number, State.BUSY), blocked)
 
     @rule(number=st.integers(0, 20))
     def release(self, number: int) -> None:
-        self.pool.release(self.pick(number), self.now_ms)
+        self.pool.release(self.pick(number, State.BUSY), self.now_ms)
 
     @rule(number=st.integers(0, 20))
     def retire(self, number: int) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ftray.ownership.streams import DISCARD, DROPPED, GAP, SKIP, TAKE, Stream, Window
+from ftray.ownership.streams import DISCARD, DROPPED, FREE, GAP, SKIP, TAKE, Stream, Window
 
 FREE_MAX, BYTES_MAX = 12, 60
 
@@ -143,12 +143,14 @@ class World:
             assert sum(unread[:-1]) < BYTES_MAX, "more bytes ahead than the window has"
 
     def settle(self) -> None:
-        """Everything is delivered, and the reader waits."""
+        """Everything is delivered, and the reader waits; nobody reads where arrival counts as reading."""
         while self.items or self.reads:
             self.do_item()
             self.do_read()
+            if not self.stream.free:
+                self.do_wait()
+        if not self.stream.free:
             self.do_wait()
-        self.do_wait()
         while self.reads:
             self.do_read()
 
@@ -164,6 +166,7 @@ def test_streams(items_max: int, script: list[tuple[list[tuple[Any, ...]], tuple
     world.settle()
     stream = world.stream
     if stream.over:
+        world.do_wait()
         assert stream.say(True) is None
         assert stream.left or len(world.taken) == len(world.first) + stream.failed
         assert stream.take() == -1
@@ -190,6 +193,62 @@ def test_a_window_of_a_thousand_is_told_in_a_few_messages() -> None:
         while (read := stream.say(False)) is not None:
             said.append(read)
     assert said == list(range(125, 10_001, 125))
+
+
+def test_a_repeated_attempt_with_larger_items_does_not_wait_for_reads_that_were_too_small_to_tell() -> None:
+    world = World(30)
+    for _ in range(3):
+        world.do_yield()
+        world.do_item()
+    world.do_die()
+    for _ in range(3):
+        assert world.window.has_room()
+        world.do_yield(BYTES_MAX)
+        world.do_item()
+        world.do_take()
+        world.do_read()
+    assert not world.window.has_room()
+    world.settle()
+    assert world.window.has_room()
+
+
+def test_what_was_read_before_an_attempt_does_not_fill_its_window() -> None:
+    window = Window(5, 5, 10)
+    window.told(3)
+    for _ in range(3):
+        window.yielded(8)
+    assert window.has_room()
+    window.yielded(8)
+    assert window.has_room()
+    window.yielded(8)
+    assert not window.has_room()
+    window.told(4)
+    assert window.has_room()
+
+
+def test_reads_of_large_items_are_told_at_once() -> None:
+    stream = Stream(1_000, 1_000, 800)
+    for size in (99, 1, 1):
+        stream.item(0, stream.arrived, size)
+    stream.take()
+    assert stream.say(False) is None
+    stream.take()
+    assert stream.say(False) == 2
+    stream.item(0, 3, 800)
+    assert stream.say(False) is None
+    stream.lift()
+    assert [stream.say(False), stream.say(False)] == [FREE, 4]
+
+
+def test_a_stream_that_became_free_has_the_larger_window() -> None:
+    world = World(1)
+    world.do_yield()
+    world.do_item()
+    world.do_lift()
+    world.settle()
+    for _ in range(2 * FREE_MAX):
+        world.do_yield()
+    assert world.window.sent == FREE_MAX
 
 
 def test_gaps_are_seen() -> None:

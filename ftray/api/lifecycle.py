@@ -95,7 +95,7 @@ def init(
 
     Returns a `Session`, usable as a context manager. Raises AlreadyInitializedError (unless `ignore_reinit_error`),
     ClusterNotFoundError when there is nothing to join, AuthenticationError for a wrong token, ValueError or TypeError
-    for wrong arguments, RuntimeEnvSetupError for a runtime_env that can't be packed or is not available in this version,
+    for wrong arguments, RuntimeEnvSetupError for a runtime_env that can't be packed or that this version has not,
     FtrayError when the node cannot start.
     """
     global _session, _registered_at_fork

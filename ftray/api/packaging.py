@@ -32,9 +32,10 @@ import msgspec
 from ftray.api.ignoring import Rules, left_out
 from ftray.exceptions import GcsUnavailableError, RuntimeEnvSetupError
 from ftray.gcs.state.commands import KvPut
+from ftray.gcs.state.packages import PACKAGES, USERS
 from ftray.ids import content_hash
 from ftray.ownership.tasks import FunctionInfo
-from ftray.raylet.packages import CHUNK_BYTES, PACKAGES, Manifest, PackageError, check_members, chunk_key, package_uri
+from ftray.raylet.packages import CHUNK_BYTES, Manifest, PackageError, check_members, chunk_key, package_uri
 from ftray.runtime_env import PACKAGE_URI, RuntimeEnv, decode, encode, merge
 from ftray.worker.core import Core
 from ftray.worker.objects import Answer
@@ -66,6 +67,8 @@ class Member(NamedTuple):
 
 _packed: dict[tuple[bytes, str, str, tuple[str, ...], bool], tuple[tuple[Member, ...], str]] = {}
 """(process, kind, path, excludes, with .gitignore) -> what was found there, and the package that was made of it."""
+_used: set[tuple[bytes, bytes]] = set()
+"""(process, digest) of what this job has said that it uses."""
 
 
 # --- the environment of a task, an actor, a job -----------------------------------------------------------------------
@@ -94,6 +97,8 @@ def pack_environment(core: Core, own: Mapping[str, Any]) -> RuntimeEnv:
         env["working_dir"] = _folder_or_archive(core, "working_dir", env["working_dir"], excludes)
     if "py_modules" in env:
         env["py_modules"] = [_module(core, each, excludes) for each in env["py_modules"]]
+    for uri in RuntimeEnv.of(own).uris:  # made by another call, or another job
+        _use(core, bytes.fromhex(uri.partition("pkg_")[2].partition(".")[0]))
     hook = env.get("worker_process_setup_hook")
     if hook is not None and not isinstance(hook, str):
         data, function_id = serialize_function(hook)
@@ -174,7 +179,7 @@ def _path_of_module(module: ModuleType) -> str:
         raise ValueError(f"py_modules: {top} is spread over {len(folders)} folders: name them as paths")
     path = folders[0] if folders else getattr(module, "__file__", None)
     if not isinstance(path, str) or not os.path.exists(path):
-        raise ValueError(f"py_modules: module {top} has no folder or file of its own: it is built in or made at run time")
+        raise ValueError(f"py_modules: module {top} has no folder or file: it is built in, or made at run time")
     return os.path.abspath(path)
 
 
@@ -288,6 +293,7 @@ def _pack_folder(core: Core, field: str, full: str, prefix: str, excludes: tuple
     if newest_ns + _SETTLED_S * 1e9 < began_ns:
         for other in [other for other in _packed if other[0] != core.worker_id]:
             del _packed[other]  # of an earlier session
+        _used.difference_update([other for other in _used if other[0] != core.worker_id])
         _packed[key] = (members, uri)
     return uri
 
@@ -372,6 +378,7 @@ def _upload_archive(core: Core, field: str, full: str) -> str:
 def _upload(core: Core, field: str, full: str, data: bytes, suffix: str) -> str:
     """Stores a package unless it is there; returns its name. Raises GcsUnavailableError, RuntimeEnvSetupError."""
     digest = content_hash(data)
+    _use(core, digest)
     there = Answer()
     with core.lock:
         core.gcs.read_kv(PACKAGES, digest, there.give)
@@ -382,21 +389,30 @@ def _upload(core: Core, field: str, full: str, data: bytes, suffix: str) -> str:
         chunk_bytes = min(CHUNK_BYTES, core.config.value_bytes_max)
         manifest = Manifest(len(data), chunk_bytes)
         for number in range(manifest.chunks):
-            _put(core, field, full, chunk_key(digest, number), data[number * chunk_bytes : (number + 1) * chunk_bytes])
-        _put(core, field, full, digest, msgspec.msgpack.encode(manifest))
+            part = data[number * chunk_bytes : (number + 1) * chunk_bytes]
+            _put(core, full, PACKAGES, chunk_key(digest, number), part)
+        _put(core, full, PACKAGES, digest, msgspec.msgpack.encode(manifest))
     return package_uri(data, suffix)
 
 
-def _put(core: Core, field: str, full: str, key: bytes, value: bytes) -> None:
+def _use(core: Core, digest: bytes) -> None:
+    """Says that this job uses a package, before it looks for it: then it is not deleted until the job ends."""
+    if (core.worker_id, digest) not in _used:
+        for key in (core.job_id, core.job_id + digest):
+            _put(core, f"package {digest.hex()}", USERS, key, b"")
+        _used.add((core.worker_id, digest))
+
+
+def _put(core: Core, what: str, namespace: str, key: bytes, value: bytes) -> None:
     stored = Answer()
     with core.lock:
         core.check_open()
-        core.gcs.command(KvPut(PACKAGES, key, value), stored.give)
+        core.gcs.command(KvPut(namespace, key, value), stored.give)
         core.settle()
     block(core.reactor, stored.waiter, None)
     result = stored.message
     core.check_open()
     if result is None:
-        raise GcsUnavailableError(f"{field}: {full} could not be uploaded: no GCS answers")
+        raise GcsUnavailableError(f"runtime_env: {what} could not be uploaded: no GCS answers")
     if result.code:
-        raise RuntimeEnvSetupError(f"{field}: {full} could not be uploaded: {result.message or result.code}")
+        raise RuntimeEnvSetupError(f"runtime_env: {what} could not be uploaded: {result.message or result.code}")

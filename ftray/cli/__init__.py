@@ -8,7 +8,11 @@ Rejected: entry points of commands found at run time (slow, and `--help` would d
 
 from __future__ import annotations
 
+import json
+import sys
+from collections.abc import Sequence
 from importlib import import_module
+from typing import Any
 
 import click
 
@@ -48,6 +52,22 @@ class _Commands(click.Group):
         command = import_module(COMMANDS[cmd_name][0]).command
         assert isinstance(command, click.Command)
         return command
+
+    def main(self, args: Sequence[str] | None = None, *rest: Any, **extra: Any) -> Any:
+        """As click's, but a wrong command line with `--json` in it is answered by one JSON object, too."""
+        words = sys.argv[1:] if args is None else list(args)
+        if "--json" not in words or not extra.get("standalone_mode", True):
+            return super().main(words, *rest, **extra)
+        extra["standalone_mode"] = False
+        try:
+            answer = super().main(words, *rest, **extra)
+        except click.ClickException as error:
+            wrong = error.format_message()
+            click.echo(json.dumps({"ok": False, "error": wrong, "remedy": "see --help of the command"}))
+            sys.exit(error.exit_code)
+        except click.Abort:
+            sys.exit(130)
+        sys.exit(answer if isinstance(answer, int) else 0)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

@@ -35,6 +35,11 @@ def command(kind: str, limit: int, address: str | None, session_root: str | None
     objects   the objects in this node's store (`ftray memory` says why they are there)
 
     \b
+    Examples:
+      ftray list pending
+      ftray list workers --json | jq '.rows[].pid'
+
+    \b
     Exit codes:
       0  shown
       1  the node does not answer

@@ -28,6 +28,11 @@ def command(output: Path, address: str | None, session_root: str | None, as_json
     call and wait. Each worker remembers its last 10,000 (FTRAY_TASK_EVENTS_MAX); one that is killed takes them along.
 
     \b
+    Examples:
+      ftray timeline
+      ftray timeline -o /tmp/trace.json
+
+    \b
     Exit codes:
       0  written
       1  the node does not answer, or the file can't be written

@@ -25,6 +25,10 @@ from ftray.perf.measures import Samples, init_arguments
 from ftray.perf.processes import cpu_ns, descendants, keep, process_name
 
 
+PREFIX = "measured: "
+"""Of the lines that count, since a system may print too."""
+
+
 def run(system_name: str, name: str, count: int, budget_s: float) -> None:
     """Measures, and prints."""
     from ftray.perf.pools import PEERS
@@ -76,7 +80,7 @@ def _used() -> dict[int, tuple[str, int]]:
 
 
 def _print(value: object) -> None:
-    print(json.dumps(value), flush=True)
+    print(PREFIX + json.dumps(value), flush=True)
 
 
 def main(arguments: list[str]) -> int:

@@ -1,50 +1,35 @@
-"""`ftray microbenchmark`: chooses benchmarks, measures each in processes of its own, shows the figures.
+"""`ftray microbenchmark`: chooses benchmarks, has them measured, shows the figures, and writes the page.
 
-Role: shell. Each benchmark is measured on each system by a child process, one at a time: nothing but it and what it
-starts runs then, a benchmark that fails or hangs costs only itself, and memory is measured in a process that has done
-nothing else. What all systems do is measured in the same run, since only ratios of one run can be compared.
+Role: shell. What all systems do is measured in the same run, since only ratios of one run can be compared.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import platform
-import signal
-import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from ftray import __version__
 from ftray.exceptions import FtrayError
 from ftray.perf.definitions import BENCHMARKS, Benchmark
-from ftray.perf.figures import Figures, figures, ratio, shown, verdict
+from ftray.perf.environment import facts, interpreter_of
+from ftray.perf.figures import Figures, shown
+from ftray.perf.growth import GROWTH, Growth
+from ftray.perf.page import write
 from ftray.perf.pools import PEERS
+from ftray.perf.results import OURS, GrowthRow, Row, as_object
+from ftray.perf.runner import BenchmarkError, measure, measure_growth, profiled
 
-OURS = "ftray"
-PYTHON_OF = {"ray": "FTRAY_RAY_PYTHON"}
-"""Another system -> the variable that names the interpreter that has it."""
+QUICK_ROUNDS, QUICK_SIZES = 2, 2
+"""Of `--quick`: measurements of each benchmark, and sizes of each growth."""
+OTHERS_SIZES = 2
+"""Another system is measured at so many sizes: the largest would take Ray many minutes."""
 
-
-class BenchmarkError(FtrayError):
-    """The benchmark could not be run. Its output says why."""
-
-
-@dataclass(slots=True)
-class Row:
-    """What was measured of one benchmark."""
-
-    benchmark: Benchmark
-    figures: dict[str, Figures] = field(default_factory=dict)
-    """By system, ours first."""
-    errors: dict[str, str] = field(default_factory=dict)
+Say = Callable[[str], None]
 
 
 def main(
@@ -53,42 +38,55 @@ def main(
     against: str | None = None,
     rounds: int | None = None,
     list_only: bool = False,
+    quick: bool = False,
+    page: Path | None = None,
 ) -> int:
-    """Measures and prints; returns the exit code: 0 measured, 1 a benchmark failed, 2 there is nothing of that name.
+    """Measures and prints; returns the exit code: 0 measured, 1 one of ours failed, 2 there is nothing of that name.
 
     `names` are benchmarks or beginnings of their names (all by default), `against` another system ("ray"), `rounds`
-    how often each is measured instead of as often as its definition says.
+    how often each is measured instead of as often as its definition says, `quick` leaves the largest sizes out and
+    measures twice, `page` is a Markdown file to write, with its plot beside it.
     """
     out, err = Console(), Console(stderr=True)
+
+    def say(text: str) -> None:
+        if not as_json:
+            err.print(text, markup=False, highlight=False)
+
     try:
-        chosen = select(names)
-        other = {} if against is None else {against: interpreter_of(against)}
+        chosen, grown = select(names)
+        if list_only:
+            _list(out, [*chosen, *grown], as_json)
+            return 0
+        other = {} if against is None else {against: interpreter_of(against, say)}
+        about = facts(other)
     except ValueError as error:
         return _fail(out, err, as_json, str(error), 2)
     except FtrayError as error:
         return _fail(out, err, as_json, str(error), 1)
-    if list_only:
-        _list(out, chosen, as_json)
-        return 0
-    rows = []
-    for number, benchmark in enumerate(chosen, 1):
-        row = Row(benchmark)
-        rows.append(row)
-        for system, python in systems_for(benchmark, other).items():
-            with _working(err, as_json, f"{number}/{len(chosen)} {benchmark.name}: {system}"):
-                try:
-                    row.figures[system] = measure(benchmark, system, python, rounds or benchmark.rounds)
-                except BenchmarkError as error:
-                    row.errors[system] = str(error)
-    failed = any(row.errors for row in rows)
+    with _working(err, as_json) as step:
+        rows = [
+            measured(benchmark, other, rounds or (QUICK_ROUNDS if quick else benchmark.rounds), step)
+            for benchmark in chosen
+        ]
+        growth = [measured_growth(each, other, QUICK_SIZES if quick else len(each.sizes), step) for each in grown]
+        if page is not None:
+            _profile_what_fell_short(rows, step)
+    failed = any(OURS in row.errors for row in [*rows, *growth])
+    if page is not None:
+        try:
+            write(page, about, rows, growth, against)
+        except OSError as error:
+            return _fail(out, err, as_json, f"cannot write {error.filename}: {error.strerror}", 1)
     if as_json:
-        out.print_json(json.dumps(as_object(rows, not failed)))
+        out.print_json(json.dumps(as_object(rows, growth, about, not failed)))
     else:
-        for table in tables(rows):
+        for table in tables(rows, growth, about):
             out.print(table)
-        for row in rows:
+        for row in [*rows, *growth]:
+            name = row.benchmark.name if isinstance(row, Row) else row.growth.name
             for system, text in row.errors.items():
-                err.print(f"{row.benchmark.name} on {system}: {text}", markup=False, style="red")
+                err.print(f"{name} on {system}: {text}", markup=False, style="red")
     return 1 if failed else 0
 
 
@@ -101,167 +99,168 @@ def _fail(out: Console, err: Console, as_json: bool, text: str, code: int) -> in
 
 
 @contextmanager
-def _working(err: Console, as_json: bool, text: str) -> Iterator[None]:
+def _working(err: Console, as_json: bool) -> Iterator[Say]:
+    """Says what is being measured: in place on a terminal, else not at all."""
     if err.is_terminal and not as_json:
-        with err.status(text):
-            yield
+        with err.status("") as status:
+            yield status.update
     else:
-        yield
+        yield lambda text: None
 
 
 # --- choosing -------------------------------------------------------------------------------------------------------
 
 
-def select(names: Sequence[str]) -> list[Benchmark]:
-    """The benchmarks of these names or beginnings, in our order; all without names. Raises ValueError."""
+def select(names: Sequence[str]) -> tuple[list[Benchmark], list[Growth]]:
+    """Benchmarks of these names or beginnings, in our order; all without names. Raises ValueError."""
+    everything = [each.name for each in [*BENCHMARKS, *GROWTH]]
     for name in names:
-        if not any(each.name.startswith(name) for each in BENCHMARKS):
-            raise ValueError(f"no benchmark is named {name!r}; there are {', '.join(each.name for each in BENCHMARKS)}")
-    exact = {each.name for each in BENCHMARKS}
-    return [
-        each
-        for each in BENCHMARKS
-        if not names or any(each.name == name if name in exact else each.name.startswith(name) for name in names)
-    ]
+        if not any(each.startswith(name) for each in everything):
+            raise ValueError(f"no benchmark is named {name!r}; there are {', '.join(everything)}")
 
+    def wanted(each: str) -> bool:
+        return not names or any(each == name if name in everything else each.startswith(name) for name in names)
 
-def interpreter_of(system: str) -> str:
-    """The interpreter that has another system. Raises ValueError for one we do not know, BenchmarkError without one."""
-    if system not in PYTHON_OF:
-        raise ValueError(f"cannot compare with {system!r}, only with {', '.join(PYTHON_OF)}")
-    python = os.environ.get(PYTHON_OF[system]) or sys.executable
-    try:
-        done = subprocess.run([python, "-c", f"import {system}"], capture_output=True, check=False)
-    except OSError as error:
-        raise BenchmarkError(f"cannot run {python}: {error.strerror}") from None
-    if done.returncode != 0:
-        raise BenchmarkError(
-            f"{python} cannot import {system}: install it into an environment of its own, and name that environment's "
-            f"interpreter in {PYTHON_OF[system]}"
-        )
-    return python
+    return [each for each in BENCHMARKS if wanted(each.name)], [each for each in GROWTH if wanted(each.name)]
 
 
 def systems_for(benchmark: Benchmark, others: dict[str, str]) -> dict[str, str]:
-    """System -> interpreter, for all that do what the benchmark measures."""
-    pools = {name: sys.executable for name, offers in PEERS.items() if benchmark.name in offers}
-    return {OURS: sys.executable, **pools, **others}
+    """System -> interpreter, for all that do what the benchmark measures, ours first."""
+    peers = {name: sys.executable for name, offers in PEERS.items() if benchmark.name in offers}
+    return {OURS: sys.executable, **peers, **others}
 
 
 # --- measuring ------------------------------------------------------------------------------------------------------
 
 
-def measure(benchmark: Benchmark, system: str, python: str, rounds: int) -> Figures:
-    """Measures in child processes. Raises BenchmarkError."""
-    if benchmark.fresh:
-        return figures([_child(benchmark, system, python, 1)[0] for _ in range(rounds)])
-    return figures(_child(benchmark, system, python, rounds))
+def measured(benchmark: Benchmark, others: dict[str, str], rounds: int, step: Say) -> Row:
+    """Measures a benchmark on all systems: ours half before and half after the others."""
+    row = Row(benchmark)
+    systems = systems_for(benchmark, others)
+    turns = [(system, python, rounds) for system, python in systems.items()]
+    if len(systems) > 1 and rounds > 1:
+        turns[0] = (OURS, systems[OURS], rounds - rounds // 2)
+        turns.append((OURS, systems[OURS], rounds // 2))
+    for system, python, count in turns:
+        step(f"{benchmark.name}: {system}")
+        try:
+            each = measure(benchmark, system, python, count)
+        except BenchmarkError as error:
+            row.errors[system] = str(error)
+        else:
+            before = row.figures.get(system)
+            row.figures[system] = Figures(before.samples + each.samples) if before else each
+    return row
 
 
-def _child(benchmark: Benchmark, system: str, python: str, rounds: int) -> list[float]:
-    source = str(Path(__file__).resolve().parents[2])
-    paths = [source, *filter(None, [os.environ.get("PYTHONPATH")])]
-    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    process = subprocess.Popen(
-        [python, "-m", "ftray.perf.child", system, benchmark.name, str(rounds)],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environ,
-        start_new_session=True,
-    )
-    try:
-        out, err = process.communicate(timeout=benchmark.timeout_s)
-    except subprocess.TimeoutExpired:
-        raise BenchmarkError(f"it did not end within {benchmark.timeout_s:g} s") from None
-    finally:
-        if process.poll() is None:  # also on Ctrl-C; what it has started ends with it or is in its process group
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-    if process.returncode != 0:
-        raise BenchmarkError(f"it failed with exit code {process.returncode}\n{err.strip()[-2_000:]}")
-    lines = out.strip().splitlines()
-    samples: list[float] = json.loads(lines[-1])
-    return samples
+def measured_growth(growth: Growth, others: dict[str, str], sizes: int, step: Say) -> GrowthRow:
+    """Measures each size, from the smallest on, until one fails."""
+    row = GrowthRow(growth)
+    for system, python in {OURS: sys.executable, **others}.items():
+        for size in growth.sizes[: sizes if system == OURS else min(sizes, OTHERS_SIZES)]:
+            step(f"{growth.name}: {system}, {size:,}")
+            try:
+                row.costs.setdefault(system, []).append(measure_growth(growth, system, python, size))
+            except BenchmarkError as error:
+                row.errors[system] = f"{size:,}: {error}"
+                break
+    return row
+
+
+def _profile_what_fell_short(rows: Iterable[Row], step: Say) -> None:
+    for row in rows:
+        if OURS in row.figures and row.shortfalls():
+            step(f"{row.benchmark.name}: where the time goes")
+            try:
+                row.profile = profiled(row.benchmark)
+            except BenchmarkError as error:
+                row.errors[OURS] = f"its profile: {error}"
 
 
 # --- showing --------------------------------------------------------------------------------------------------------
 
 
-def _list(out: Console, chosen: Iterable[Benchmark], as_json: bool) -> None:
+def _list(out: Console, chosen: Iterable[Benchmark | Growth], as_json: bool) -> None:
+    rows = [
+        {"name": each.name, "title": each.title, "unit": each.unit if isinstance(each, Benchmark) else "us"}
+        for each in chosen
+    ]
     if as_json:
-        rows = [{"name": each.name, "title": each.title, "unit": each.unit} for each in chosen]
         out.print_json(json.dumps({"ok": True, "benchmarks": rows}))
         return
     listed = Table(box=None, show_header=False)
-    for each in chosen:
-        listed.add_row(each.name, each.title, each.unit)
+    for each in rows:
+        listed.add_row(*each.values())
     out.print(listed)
 
 
-def tables(rows: Sequence[Row]) -> list[Table]:
-    """Our figures, and, if others were measured, theirs with how many times better ours are."""
-    made = Table(title=f"ftray {__version__}, {machine()}")
-    theirs = Table(title="Others in the same run")
-    for heading in ("benchmark", "median", "min – max", "limit", ""):
-        made.add_column(heading, justify="right" if heading in ("median", "min – max", "limit") else "left")
-    for heading in ("benchmark", "system", "median", "ours is better by"):
-        theirs.add_column(heading, justify="left" if heading in ("benchmark", "system") else "right")
+VERDICTS = {"ok": "[green]ok[/]", "short": "[red]short[/]", "": ""}
+
+
+def tables(rows: Sequence[Row], growth: Sequence[GrowthRow], about: dict[str, str]) -> list[Table]:
+    """Our figures; if others were measured, theirs with how many times better ours are; what growth costs."""
+    made = [_ours(rows, about), _theirs(rows), _growth(growth)]
+    return [table for table in made if table.row_count]
+
+
+def _table(title: str, left: Sequence[str], right: Sequence[str], *, last: str) -> Table:
+    table = Table(title=title)
+    for heading in left:
+        table.add_column(heading)
+    for heading in right:
+        table.add_column(heading, justify="right")
+    table.add_column(last)
+    return table
+
+
+def _ours(rows: Sequence[Row], about: dict[str, str]) -> Table:
+    title = f"ftray {about['ftray']}, {about['python']}, {about['processor']}"
+    table = _table(title, ["benchmark"], ["median", "min – max", "limit"], last="")
     for row in rows:
         benchmark, ours = row.benchmark, row.figures.get(OURS)
         if ours is None:
-            made.add_row(benchmark.title, "failed")
-        else:
-            limit, sign = benchmark.limit, "≥" if benchmark.more_is_better else "≤"
-            made.add_row(
-                benchmark.title,
-                f"{shown(ours.median)} {benchmark.unit}",
-                f"{shown(ours.least)} – {shown(ours.most)}",
-                "" if limit is None else f"{sign} {shown(limit.value)}",
-                {"ok": "[green]ok[/]", "short": "[red]short[/]"}.get(verdict(ours, limit), ""),
-            )
+            table.add_row(benchmark.title, "failed")
+            continue
+        limit, sign = benchmark.limit, "≥" if benchmark.more_is_better else "≤"
+        table.add_row(
+            benchmark.title,
+            f"{shown(ours.median)} {benchmark.unit}",
+            f"{shown(ours.least)} – {shown(ours.most)}",
+            "" if limit is None else f"{sign} {shown(limit.value)}",
+            VERDICTS[row.limit_verdict()],
+        )
+    return table
+
+
+def _theirs(rows: Sequence[Row]) -> Table:
+    table = _table("Others in the same run", ["benchmark", "system"], ["median", "ours is", "target"], last="")
+    for row in rows:
         for system, each in row.figures.items():
             if system != OURS:
-                better = "" if ours is None else f"{ratio(ours, each, benchmark.more_is_better):.1f}×"
-                theirs.add_row(benchmark.title, system, f"{shown(each.median)} {benchmark.unit}", better)
-    return [made, theirs] if theirs.row_count else [made]
+                reached, target = row.ratio_to(system), row.benchmark.targets.get(system)
+                table.add_row(
+                    row.benchmark.title,
+                    system,
+                    f"{shown(each.median)} {row.benchmark.unit}",
+                    "" if reached is None else f"{shown(reached)}×",
+                    "" if target is None else f"≥ {target:g}×",
+                    VERDICTS[row.target_verdict(system)],
+                )
+    return table
 
 
-def machine() -> str:
-    """What the figures were measured on."""
-    return f"Python {platform.python_version()}, {len(os.sched_getaffinity(0))} CPUs"
-
-
-def as_object(rows: Sequence[Row], ok: bool) -> dict[str, Any]:
-    """The figures as JSON has them."""
-    return {
-        "ok": ok,
-        "ftray": __version__,
-        "python": platform.python_version(),
-        "cpus": len(os.sched_getaffinity(0)),
-        "benchmarks": [_row_object(row) for row in rows],
-    }
-
-
-def _row_object(row: Row) -> dict[str, Any]:
-    benchmark, ours = row.benchmark, row.figures.get(OURS)
-    return {
-        "name": benchmark.name,
-        "title": benchmark.title,
-        "unit": benchmark.unit,
-        "more_is_better": benchmark.more_is_better,
-        "limit": benchmark.limit_value,
-        "verdict": "" if ours is None else verdict(ours, benchmark.limit),
-        "systems": {
-            system: {
-                "median": each.median,
-                "min": each.least,
-                "max": each.most,
-                "samples": list(each.samples),
-                **({} if system == OURS or ours is None else {"ratio": ratio(ours, each, benchmark.more_is_better)}),
-            }
-            for system, each in row.figures.items()
-        },
-        "errors": row.errors,
-    }
+def _growth(growth: Sequence[GrowthRow]) -> Table:
+    table = _table("One of many", ["of", "system"], ["how many", "each", "memory of each"], last="")
+    for row in growth:
+        for system, costs in row.costs.items():
+            for cost in costs:
+                last = system == OURS and cost is costs[-1]
+                table.add_row(
+                    row.growth.title,
+                    system,
+                    f"{cost.count:,}",
+                    f"{shown(cost.each_us)} us",
+                    f"{shown(cost.each_bytes)} bytes",
+                    VERDICTS["short" if row.shortfalls() else "ok"] if last else "",
+                )
+    return table

@@ -6,9 +6,9 @@ worker that is to have it.
 
 Rules:
 - Reading from the control service is done in callbacks, unpacking in a thread: the loop never waits.
-- Who needs an environment holds it (`hold`, `drop`): a scheduling class of a client, an actor, a worker that has applied
-  it. Packages of environments that nobody holds stay until they take more than `environment_bytes_max`; then the one
-  that was used longest ago goes first.
+- Who needs an environment holds it (`hold`, `drop`): a scheduling class of a client for the client's life, an actor, a
+  worker that has applied it. Packages of environments that nobody holds stay until all take more than
+  `environment_bytes_max`; then the one that was used longest ago goes first.
 - A failure is told to those who waited, and not remembered: who asks later, tries again.
 
 Rejected: a folder for each environment (two that share a package would have it twice); preparing when a lease is
@@ -29,8 +29,9 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from ftray.gcs.state.packages import PACKAGES
 from ftray.gcs.state.tables import KvRecord, Table, kv_key
-from ftray.raylet.packages import PACKAGES, Manifest, PackageError, chunk_key, unpack
+from ftray.raylet.packages import Manifest, PackageError, chunk_key, unpack
 from ftray.runtime_env import PACKAGE_URI, RuntimeEnv, decode, encode, key_of
 
 if TYPE_CHECKING:

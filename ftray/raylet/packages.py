@@ -24,8 +24,6 @@ import msgspec
 
 from ftray.ids import content_hash
 
-PACKAGES = "runtime-env-packages"
-"""The key-value namespace of packages."""
 CHUNK_BYTES = 4 << 20
 
 

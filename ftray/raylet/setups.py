@@ -9,7 +9,7 @@ Role: shell, under the reactor's lock. Nothing here is touched by jobs without a
 Rules:
 - Demand reaches the scheduler when its environment is on the node, so a download holds nobody's resources.
 - A lease is granted when its worker has applied the environment: an owner never pushes tasks to one that might not.
-- An environment that can't be set up fails the tasks that wait for it, and the demand for them. Later demand tries again.
+- An environment that can't be set up fails the tasks that wait for it, and ends the demand. Later demand tries again.
 - A worker that dies while it is set up is replaced (somebody may have killed it); after `DEATHS_MAX` in a row the
   environment is taken to be what kills.
 
@@ -79,7 +79,7 @@ class Setups:
     # --- demand -------------------------------------------------------------------------------------------------------
 
     def admit(self, client: Client, demand: LeaseDemand) -> bool:
-        """Whether this demand may go to the scheduler now. If not, it goes there by itself when the packages are here."""
+        """Whether this demand may go to the scheduler now. If not, it goes there when the packages are here."""
         known = client.environments.get(demand.class_id)
         if known is None:
             if not demand.environment:

@@ -141,8 +141,7 @@ class SpillFiles:
         except SpillStoppedError:
             return
         except OSError as error:
-            text = f"{self._directory}: {error.strerror or error}"
-            self._finish(Done(job, error=text, disk_full=error.errno in FULL_ERRORS))
+            self._finish(Done(job, error=error.strerror or str(error), disk_full=error.errno in FULL_ERRORS))
         except Exception as error:  # whatever it is, somebody waits for an answer
             log.exception("spilling failed")
             self._finish(Done(job, error=repr(error)))

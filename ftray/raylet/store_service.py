@@ -140,7 +140,7 @@ class StoreService:
             job = done.job
             if not job.file:
                 if done.error:
-                    log.warning("cannot spill an object of %d bytes: %s", job.size, done.error)
+                    log.warning("cannot spill %d bytes to %s: %s", job.size, self._spill_directory, done.error)
                     store.write_failed(job.number, done.disk_full, done.error, self._reactor.now_ms())
                 else:
                     store.written(job.number, done.checksum)
@@ -202,7 +202,7 @@ class StoreService:
                 f"{needs}, and the disk is full to which others would be spilled ({self._spill_directory}): "
                 f"{refused.text}. Nothing that is stored is lost. Free space there, or drop references to large objects"
             )
-        why = f" (spilling failed: {refused.text})" if refused.text else ""
+        why = f" (spilling to {self._spill_directory} failed: {refused.text})" if refused.text else ""
         return (
             f"{needs}; of {full.capacity:,} bytes {full.free:,} are free, the largest piece {full.biggest:,}, and what "
             f"is there is in use{why}. Drop values that were read from large objects, or start the node with a larger "

@@ -126,6 +126,8 @@ class ActorPool(Generic[V]):
                         f"fn must return the reference of its call (or a list of them), not {type(ref).__name__}: "
                         "return actor.method.remote(value)"
                     )
+                if ref._id in self._slot_of:
+                    raise ValueError(f"fn returned {ref!r} for two values: it must call the actor for each")
         except BaseException:
             self._idle.append(actor)
             raise
@@ -277,6 +279,12 @@ class ActorPool(Generic[V]):
             raise ValueError(f"{actor!r} belongs to the pool already")
         self._idle.append(actor)
         self._start_queued()
+
+
+    def __del__(self) -> None:
+        arrivals = getattr(self, "_arrivals", None)  # missing when the arguments were refused
+        if arrivals is not None:
+            arrivals.close()
 
 
 class _Results(Iterator[Any]):

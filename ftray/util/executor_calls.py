@@ -111,7 +111,7 @@ def _initialize(key: bytes, initializer: Any) -> None:
             _name(function)
             function(*args)
             done = function
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             done = error
         _initialized[key] = done
         if len(_initialized) > EXECUTORS_MAX:

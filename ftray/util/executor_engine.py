@@ -26,10 +26,11 @@ import contextvars
 import functools
 import logging
 import os
+import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import BrokenExecutor, Future, InvalidStateError
 from threading import _register_atexit  # type: ignore[attr-defined]
 from types import BuiltinFunctionType, FunctionType, ModuleType
@@ -66,6 +67,8 @@ LINGER_S = 0.002
 """How long the thread reads on when nothing is out: the next call then needs no thread to be woken."""
 HAND_OUT_MAX = 32
 """Calls handed out, and results taken, between two looks at the other."""
+HAND_OUT_FOR_OTHERS_MAX = 1000
+"""Calls of other threads that one which submits hands out for them before it leaves that to the engine's thread."""
 
 
 class BrokenFtrayExecutor(BrokenExecutor):
@@ -185,18 +188,17 @@ class Engine:
 
     # --- submitting --------------------------------------------------------------------------------------------------
 
-    def add(self, new: Iterable[Call]) -> None:
+    def add(self, new: Sequence[Call]) -> None:
         """Queues calls, and hands out what there is room for. Raises RuntimeError when none is taken any more."""
         with self.lock:
             self.check_open()
-            self.queue.extend(new)
             if self.thread is None:
-                self.thread = threading.Thread(
-                    target=self.context.run, args=(self.run,), name="ftray-executor", daemon=True
-                )
+                thread = threading.Thread(target=self.context.run, args=(self.run,), name="ftray-executor", daemon=True)
+                thread.start()
+                self.thread = thread
                 _engines.add(self)
-                self.thread.start()
-        self.hand_out()
+            self.queue.extend(new)
+        self.hand_out(len(new) + HAND_OUT_FOR_OTHERS_MAX)
         if self.sleeping:
             self.ring()
 
@@ -255,7 +257,7 @@ class Engine:
 
     # --- handing out -------------------------------------------------------------------------------------------------
 
-    def hand_out(self) -> None:
+    def hand_out(self, at_most: int) -> None:
         """Makes tasks of queued calls while there is room. At most one thread is in here: the others leave it to it."""
         with self.lock:
             if self.handing_out or not self.queue:
@@ -263,7 +265,8 @@ class Engine:
             self.handing_out = True
         launched: list[bytes] = []
         try:
-            while True:
+            while at_most > 0:
+                at_most -= 1
                 next_call = self.next_call()
                 if next_call is not None and self.launch(next_call):
                     assert next_call.ref is not None
@@ -276,13 +279,20 @@ class Engine:
                         if not self.queue or not self.has_room():
                             self.handing_out = False
                             return
-        except BaseException:  # an interrupted main thread: the engine's thread goes on
-            with self.lock:
-                self.handing_out = False
-            if launched:
-                self.arrivals.add(launched)
-            self.ring()
+        except BaseException:
+            self.leave_handing_out(launched)  # an interrupted main thread
             raise
+        self.leave_handing_out(launched)
+
+    def leave_handing_out(self, launched: list[bytes]) -> None:
+        """The engine's thread goes on with it."""
+        with self.lock:
+            self.handing_out = False
+        if launched:
+            self.arrivals.add(launched)
+        with self.core.lock:
+            self.arrivals.wake()
+        self.ring()
 
     def has_room(self) -> bool:
         return self.load_us < self.max_workers * AHEAD_US
@@ -340,24 +350,31 @@ class Engine:
     def run(self) -> None:
         """Takes results until the executor is closed and nothing is left."""
         try:
-            while True:
-                # Without an end only while something is out that is sure to arrive.
-                if self.wait(None if self.out else LINGER_S):
-                    self.take()
-                    continue
-                with self.lock:
-                    if not self.running and not self.queue:
-                        if self.closing or _exiting:
-                            return
-                        self.sleeping = True
-                if self.sleeping:
-                    self.bell.acquire()
-                    self.sleeping = False
-                else:
-                    self.hand_out()
-        finally:
+            self.serve()
             if self.own_class is not None and not self.core.closed:
                 _leave_class(self.core, *self.own_class)
+        except BaseException as error:  # a fault of ours: nobody may be left waiting
+            log.exception("the thread of an executor failed")
+            self.break_down(f"its thread failed with {type(error).__name__}: {error}", error)
+            for each in list(self.out.values()):
+                _complete(each.future, None, self.broken_error())
+
+    def serve(self) -> None:
+        while True:
+            # Without an end only while something is out that is sure to arrive.
+            if self.wait(None if self.out else LINGER_S):
+                self.take()
+                continue
+            with self.lock:
+                if not self.running and not self.queue:
+                    if self.closing or _exiting:
+                        return
+                    self.sleeping = True
+            if self.sleeping:
+                self.bell.acquire()
+                self.sleeping = False
+            else:
+                self.hand_out(sys.maxsize)  # the room is the bound
 
     def wait(self, timeout_s: float | None) -> bool:
         """Whether something has arrived, or anything is out of a session that is over."""
@@ -376,7 +393,7 @@ class Engine:
             done.append(self.out.pop(arrived.popleft()))
         self.count_down(done)
         if self.queue:
-            self.hand_out()
+            self.hand_out(sys.maxsize)  # the room is the bound
         done.reverse()
         while done:
             self.complete(done.pop())

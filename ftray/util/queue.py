@@ -243,6 +243,7 @@ class _QueueActor:
         import asyncio
 
         self._loop = asyncio.get_running_loop()
+        self._sleep = asyncio.sleep
         self._maxsize = maxsize
         self._items: deque[Any] = deque()
         self._getters: dict[str, Any] = {}
@@ -370,6 +371,8 @@ class _QueueActor:
         for future in waiting:
             if not future.done():
                 future.set_result(False)
+        while self._getters or self._putters:  # those calls answer first: the actor ends after this one
+            await self._sleep(0)
         exit_actor()
 
 

@@ -415,6 +415,8 @@ class AsyncioMode(_AsyncMode):
         asyncio.set_event_loop(self._loop)
         self._running: dict[bytes, Any] = {}
         self._flush_scheduled = False
+        self._leaving = False
+        """The loop runs only for what was cancelled at the end."""
 
         async def construct() -> Any:
             return cls(*args, **kwargs)
@@ -433,6 +435,7 @@ class AsyncioMode(_AsyncMode):
             loop.remove_reader(fd)
         if executor.exiting and self._running:
             self._leave_in_time(executor)
+            self._leaving = True
             for task in self._running.values():
                 task.cancel()
             loop.run_until_complete(self._asyncio.wait(set(self._running.values()), timeout=LEAVE_S))
@@ -471,7 +474,7 @@ class AsyncioMode(_AsyncMode):
         lane.running -= 1
         if lane.waiting:
             self._next_of(executor, lane)
-        if executor.exiting:
+        if executor.exiting and not self._leaving:
             self._loop.stop()
         if not self._flush_scheduled:
             self._flush_scheduled = True

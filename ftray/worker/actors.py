@@ -270,6 +270,9 @@ class ActorClient:
         if task is None:
             return
         if kind is TaskDone:
+            if task.cancelled:
+                core.canceller.discard(task)
+                return
             object_id = task_id + INDEX0
             entry = core.entries.get(object_id)
             if entry is not None:

@@ -63,6 +63,8 @@ LOOK_AGAIN_MS = (1.0, 5.0, 50.0, 500.0)
 INDEX_MS = 1_000.0
 """How long what was read for finding queued tasks is kept."""
 KILL_WAIT_S = 2.0
+DIE_TRIES = 50
+DIE_PAUSE_MS = 2.0
 
 
 class Canceller:
@@ -151,7 +153,9 @@ class Canceller:
         """What a cancelled task ends in."""
         return TaskCancelledError(task.task_id.hex(), task.function.name)
 
-    def discard(self, task: TaskRecord, message: TaskReturns | None, worker_id: bytes, endpoint: str) -> None:
+    def discard(
+        self, task: TaskRecord, message: TaskReturns | None = None, worker_id: bytes = b"", endpoint: str = ""
+    ) -> None:
         """A cancelled task has returned all the same: lets go of its values and of the references in them."""
         core = self.core
         if message is not None:
@@ -299,9 +303,7 @@ class WorkerCancels:
         asked, self._asked = self._asked, {}
         # Known as cancelled first, looked for second: the main thread does it the other way round (`execute`).
         executor.cancelled.update(asked)
-        for task_id, (message, _owner) in asked.items():
-            if message.recursive:
-                core.canceller.cancel_children(task_id, message.force)
+        parents = [(task_id, message.force) for task_id, (message, _) in asked.items() if message.recursive]
         dropped: list[tuple[Link, PushTask | PushActorTask]] = []
         with reactor.lock:
             reactor.handle(reactor.poll_events(0, 64))
@@ -324,6 +326,8 @@ class WorkerCancels:
             executor.replies.cancelled(link, push)
         for task_id, (message, owner) in asked.items():
             self._not_pending(task_id, message, owner)
+        for task_id, force in parents:  # after it: they would wake it if it waits for them
+            core.canceller.cancel_children(task_id, force)
         with reactor.lock:
             reactor.flush_dirty()
         core.settle()
@@ -339,7 +343,8 @@ class WorkerCancels:
             if message.force:
                 self._say_not_here(task_id, owner)
         elif message.force:
-            self._die(running, owner)
+            core = executor.core
+            core.reactor.call_later(0, lambda: self._die(running, owner, 0))
         else:
             executor.interrupts.interrupt(task_id)
 
@@ -379,10 +384,14 @@ class WorkerCancels:
                 if link.peer is not None and link.peer.worker_id == owner:
                     link.send(TaskFailed(task_id, 0, cancelled=True))
 
-    def _die(self, running: PushTask | PushActorTask, owner: bytes) -> None:
+    def _die(self, running: PushTask | PushActorTask, owner: bytes, tries: int) -> None:
         """Kills this process for a forced cancellation; no reply leaves it any more."""
         executor = self.executor
         core = executor.core
+        if tries < DIE_TRIES and any(link.out for link in core.peers.outgoing.values()):
+            # The task's children are to hear of it first, on links that may have to be opened.
+            core.reactor.call_later(DIE_PAUSE_MS, lambda: self._die(running, owner, tries + 1))
+            return
         with executor.reactor.lock:
             if executor.running is running:
                 executor.reactor.flush_dirty()

@@ -1,11 +1,11 @@
 """A worker enters its job: paths, directory, thread counts, and the runtime environment, before any of the user's code.
 
-Role: shell, in workers. What takes no time is done where `WorkerAssigned` arrives, in the loop; an environment is applied
-in the main thread, since its hook is the user's code, and answered by `EnvironmentReady`. The raylet sends no task and no
-actor before that.
+Role: shell, in workers. What takes no time is done where `WorkerAssigned` arrives, in the loop; an environment is
+applied in the main thread, since its hook is the user's code, and answered by `EnvironmentReady`. The raylet sends no
+task and no actor before that.
 
 Rules: nothing of the user's has been imported when the variables are set, so libraries that read them at import see
-them. A step that fails ends the set-up, and is named in the error; the worker is of no use then, and waits to be killed.
+them. A step that fails ends the set-up, and is named in the error; the worker is of no use then, and waits for its end.
 
 Rejected: applying in the loop's thread (a hook that blocks would block the worker's links; signal handlers can be set
 in the main thread only).

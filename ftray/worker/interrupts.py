@@ -36,6 +36,11 @@ _RETRY_S = 0.001
 _RETRY_MAX_S = 0.02
 CANCEL_SIGNAL = signal.SIGRTMIN + 8
 _installed = False
+_RUNTIME = (
+    "ftray.worker.", "ftray.wire.", "ftray.ownership.", "ftray.gcs.", "ftray.util.arrivals",
+    "ftray.util.multiprocessing.engine",
+)  # fmt: skip
+"""Where the main thread may be in the middle of a change of tables."""
 
 
 def _inside_runtime(frame: FrameType | None) -> bool:
@@ -44,7 +49,7 @@ def _inside_runtime(frame: FrameType | None) -> bool:
         if frame.f_code in _INTERRUPTIBLE:
             return False
         name = frame.f_globals.get("__name__", "")
-        if name.startswith(("ftray.worker.", "ftray.wire.", "ftray.ownership.", "ftray.gcs.")):
+        if name.startswith(_RUNTIME):
             return not name.endswith((".execution", ".serialization"))
         frame = frame.f_back
     return False
@@ -96,9 +101,7 @@ def interruptible(function: Any) -> Any:
 
 
 _CALL_CODE: CodeType = interruptible(len).__code__
-_OURS = (
-    "ftray.worker.", "ftray.wire.", "ftray.ownership.", "ftray.gcs.", "ftray.store.", "ftray.scheduling.", "ftray.api.",
-)  # fmt: skip
+_OURS = (*_RUNTIME, "ftray.store.", "ftray.scheduling.", "ftray.api.")
 
 
 class TaskInterrupts:

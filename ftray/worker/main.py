@@ -29,6 +29,9 @@ from ftray.worker.waiting import block
 MARKER = "\x01ftray-task:"
 """A line that begins so names the task that what follows in the stream belongs to; the raylet takes it out."""
 
+OOM_SCORE = "500"
+"""Added to the kernel's points for a worker, of 1,000 for all of the memory."""
+
 
 class TaskStream(io.TextIOWrapper):
     """stdout or stderr of a worker: says whose output it is whenever that changes."""
@@ -57,10 +60,20 @@ def _wrap_streams() -> list[TaskStream]:
     return streams
 
 
+def _first_to_go() -> None:
+    """Should the kernel run out of memory before the memory monitor acts, it ends a worker, not the node or a driver."""
+    try:
+        with open("/proc/self/oom_score_adj", "w") as file:
+            file.write(OOM_SCORE)
+    except OSError:
+        pass  # not allowed here: then the kernel chooses as it does
+
+
 def worker_main(start: WorkerStart) -> None:
     """Runs a worker; never returns."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     streams = _wrap_streams()
+    _first_to_go()
     config: Config = start.config
     endpoint = f"unix:{start.session_dir}/sockets/w-{start.worker_id.hex()[:12]}.sock"
     core = Core(config, start.token, start.cluster_id, start.worker_id, endpoint, is_driver=False)

@@ -382,7 +382,7 @@ class Submitter:
             task = dispatcher.done(lease, task_id, message.work_us)  # type: ignore[attr-defined]
             if task is not None:
                 if task.cancelled:
-                    self.core.canceller.discard(task, None, lease.worker_id, lease.endpoint)
+                    self.core.canceller.discard(task)
                     self.after()
                     return
                 object_id = task_id + INDEX0

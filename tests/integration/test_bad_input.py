@@ -284,7 +284,9 @@ def test_a_reference_of_another_session_is_refused() -> None:
         ({"name": 5}, TypeError, "name"),
         ({"num_cpu": 1}, TypeError, "unknown option 'num_cpu'.*did you mean 'num_cpus'"),
         ({"max_restarts": 1}, TypeError, "max_restarts"),
-        ({"runtime_env": {}}, TypeError, "not available in this version"),
+        ({"runtime_env": {"env_var": {}}}, TypeError, "unknown field 'env_var'.*did you mean 'env_vars'"),
+        ({"runtime_env": {"pip": ["x"]}}, exceptions.RuntimeEnvSetupError, "'pip' is not available in this version"),
+        ({"runtime_env": "env"}, TypeError, "runtime_env must be a dict"),
     ],
     ids=str,
 )

@@ -21,8 +21,9 @@ import ftray
 from ftray.api import joining
 from ftray.exceptions import RuntimeEnvSetupError
 from ftray.gcs.state.commands import KvPut
+from ftray.gcs.state.packages import PACKAGES
 from ftray.ids import content_hash
-from ftray.raylet.packages import PACKAGES, Manifest, chunk_key, package_uri
+from ftray.raylet.packages import Manifest, chunk_key, package_uri
 from ftray.runtime_env import THREAD_VARIABLES, RuntimeEnv
 from ftray.worker.core import get_core
 from ftray.worker.objects import Answer

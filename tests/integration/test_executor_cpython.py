@@ -29,7 +29,7 @@ MIXINS = {
 }
 """Class -> the module of the package that has it (up to Python 3.11 the package is one module)."""
 
-STANDARD_ONLY = "its program takes the executor from concurrent.futures, and expects what workers print without origin; "
+STANDARD_ONLY = "its program imports the executor from concurrent.futures, and workers print without their origin; "
 NOT_HERE = {
     "test_interpreter_shutdown": STANDARD_ONLY + "ours: test_a_program_ends_when_all_is_done",
     "test_submit_after_interpreter_shutdown": STANDARD_ONLY + "ours: test_a_program_ends_when_all_is_done",

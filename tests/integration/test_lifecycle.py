@@ -529,7 +529,7 @@ def test_two_programs_share_a_node_and_end_apart(node: dict[str, Any], monkeypat
     ("options", "message"),
     [
         ({"num_cpu": 2}, "did you mean 'num_cpus'"),
-        ({"runtime_env": {"pip": ["x"]}}, "runtime_env is not available"),
+        ({"runtime_env": {"env_var": {}}}, "did you mean 'env_vars'"),
     ],
 )
 def test_options_that_init_does_not_have(options: dict[str, Any], message: str) -> None:

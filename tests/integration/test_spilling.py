@@ -120,6 +120,7 @@ def test_readers_that_hold_all_make_creators_wait_until_they_let_go(tmp_path: Pa
 
 
 def test_what_is_larger_than_the_store_is_refused_at_once_and_evicts_nothing() -> None:
+    check_drained()
     refs = [ftray.put(block(i)) for i in range(4)]
     before = usage()
     with pytest.raises(exceptions.ObjectStoreFullError, match=f"the whole store has {STORE:,}"):

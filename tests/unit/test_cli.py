@@ -404,3 +404,11 @@ def test_a_session_that_does_not_answer_is_a_failure_with_a_remedy(short_root: s
     with pytest.raises(Failure, match="no node of the cluster at h:2"):
         local_session(root, "h:2")
     assert run("status").exit_code == 1
+
+
+@pytest.mark.parametrize("arguments", [["list", "nonsense"], ["nonsense"], ["memory", "--objects", "many"]])
+def test_a_wrong_command_line_is_one_object_too(arguments: list[str]) -> None:
+    shown = CliRunner().invoke(main, [*arguments, "--json"])
+    assert shown.exit_code == 2
+    said = json.loads(shown.output)
+    assert said["ok"] is False and said["error"] and "--help" in said["remedy"]

@@ -16,9 +16,10 @@ import pytest
 from raylet_node import Driver, GcsPeer, NodeProcess
 
 from ftray.gcs.state.commands import KvPut, RegisterActor
+from ftray.gcs.state.packages import PACKAGES
 from ftray.gcs.state.tables import ActorState
 from ftray.ids import content_hash
-from ftray.raylet.packages import PACKAGES, Manifest, chunk_key, package_uri
+from ftray.raylet.packages import Manifest, chunk_key, package_uri
 from ftray.wire import messages as m
 
 
@@ -193,7 +194,8 @@ def test_an_actor_waits_for_its_environment(node: NodeProcess, driver: Driver, g
             resources={"CPU": 2.0}, creation=msgspec.msgpack.encode(creation),
         )  # fmt: skip
         assert gcs.command(register).ok
-        record = gcs.until(lambda seen=seen: seen and seen[-1].state in (ActorState.ALIVE, ActorState.DEAD) and seen[-1])
+        ends = (ActorState.ALIVE, ActorState.DEAD)
+        record = gcs.until(lambda seen=seen, ends=ends: seen and seen[-1].state in ends and seen[-1])
         states.append((record.state, record.cause.reason if record.cause is not None else ""))
     assert states[0][0] is ActorState.DEAD and "is not in this cluster" in states[0][1]
     assert states[1] == (ActorState.ALIVE, "")

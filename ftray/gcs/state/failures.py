@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
-from ftray.gcs.state import lifecycle
+from ftray.gcs.state import lifecycle, packages
 from ftray.gcs.state.commands import DeathCauseRecord
 from ftray.gcs.state.store import Store
 from ftray.gcs.state.tables import (
@@ -126,6 +126,8 @@ def finish_job(store: Store, job: JobRecord, cause: DeathCauseRecord | None) -> 
     for actor in actors:
         if actor.actor_id not in kept:
             end_actor(store, actor, DeathKind.JOB_FINISHED, cause or DeathCauseRecord(), reason=reason)
+    if not any(actor.detached and actor.state is not ActorState.DEAD for actor in actors):
+        packages.job_finished(store, job.job_id)
 
 
 def settle(store: Store) -> None:

@@ -4,8 +4,8 @@ Role: pure. Up to 2024.11 a graph is a mapping of tuples, lists and literals; si
 which the old form is converted where it still comes. A `Node` says of either what it is: data, another key's name, or
 something to run, and which keys it needs.
 
-References inside a node's arguments (of `persist`, or the user's own) are taken out and become dependencies like
-others: in a task a reference stands for its value.
+A reference that is the value of a key is a result like any other. One inside a node's arguments (of `persist`, where
+Dask has fused tasks, or the user's own) is replaced by its value in the worker: in a task a reference stands for that.
 """
 
 from __future__ import annotations
@@ -15,53 +15,30 @@ from typing import Any
 
 from dask.core import flatten, get_dependencies, istask
 
+from ftray.api.objects import get
 from ftray.worker.refs import ObjectRef
 
 try:
-    from dask._task_spec import Alias, DataNode, Task, TaskRef, convert_legacy_graph
+    from dask._task_spec import Alias, DataNode, GraphNode, Task, TaskRef, convert_legacy_graph
 except ImportError:
     convert_legacy_graph = None
 
 Key = Hashable
 
 
-class RefKey:
-    """Names, among the dependencies of a node, a reference that was found in its arguments."""
-
-    __slots__ = ("index",)
-
-    def __init__(self, index: int) -> None:
-        self.index = index
-
-    def __hash__(self) -> int:
-        return hash((RefKey, self.index))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, RefKey) and other.index == self.index
-
-    def __repr__(self) -> str:
-        return f"<reference {self.index}>"
-
-
 class Node:
-    """One key of a graph. `run(values by key)` computes it, `target` is a key with the same value, else it is `data`."""
+    """One key of a graph. `run(values by key)` computes it, or `target` is a key with its value, or it is `data`."""
 
-    __slots__ = ("data", "needs", "refs", "run", "target")
+    __slots__ = ("data", "needs", "run", "target")
 
     def __init__(
-        self,
-        needs: tuple[Key, ...] = (),
-        run: Callable[[dict[Key, Any]], Any] | None = None,
-        target: Key | None = None,
-        data: Any = None,
-        refs: tuple[ObjectRef[Any], ...] = (),
-    ) -> None:
+        self, needs: tuple[Key, ...] = (), run: Callable[[dict[Key, Any]], Any] | None = None,
+        target: Key | None = None, data: Any = None,
+    ) -> None:  # fmt: skip
         self.needs = needs
         self.run = run
         self.target = target
         self.data = data
-        self.refs = refs
-        """Found in its arguments: their values are in `run`'s mapping, by `RefKey` of their number here."""
 
 
 def nodes_of(graph: Any) -> Callable[[Key], Node]:
@@ -115,26 +92,27 @@ def _new_node(node: Any) -> Node:
         return Node(data=node.value)
     if isinstance(node, Alias):
         return Node((node.target,), target=node.target)
-    refs: list[ObjectRef[Any]] = []
-    if type(node) is Task and any(isinstance(each, ObjectRef) for each in (*node.args, *node.kwargs.values())):
-        needs = tuple(node.dependencies)
-
-        def out(value: Any) -> Any:
-            if not isinstance(value, ObjectRef):
-                return value
-            refs.append(value)
-            return TaskRef(RefKey(len(refs) - 1))
-
-        named = {name: out(value) for name, value in node.kwargs.items()}
-        changed = Task(node.key, node.func, *map(out, node.args), **named)
-        return Node(needs, changed, refs=tuple(refs))
     return Node(tuple(node.dependencies), node)
+
+
+def _swap_new(part: Any, swap: Callable[[Any], Any]) -> Any:
+    """A part of a node with the references in it swapped; changes the node itself, which is the worker's own."""
+    if isinstance(part, ObjectRef):
+        return swap(part)
+    if isinstance(part, DataNode):
+        return DataNode(part.key, swap(part.value)) if isinstance(part.value, ObjectRef) else part
+    if isinstance(part, Task):
+        part.args = tuple(_swap_new(each, swap) for each in part.args)
+        part.kwargs = {name: _swap_new(each, swap) for name, each in part.kwargs.items()}
+    elif type(part) is dict and part and isinstance(next(iter(part.values())), GraphNode):  # of fused tasks
+        return {key: _swap_new(each, swap) for key, each in part.items()}
+    return part
 
 
 # --- before ---------------------------------------------------------------------------------------------------------
 
 
-class _OldTask:
+class OldTask:
     """Runs a task of tuples."""
 
     __slots__ = ("task",)
@@ -149,29 +127,59 @@ class _OldTask:
 
 
 def _old_node(graph: Mapping[Key, Any], value: Any) -> Node:
-    if isinstance(value, ObjectRef):
-        return Node(data=value)
     try:
         if not istask(value) and value in graph:
             return Node((value,), target=value)
     except TypeError:
         pass  # not hashable, so not a key
     needs = tuple(get_dependencies(graph, task=value))
-    refs: list[ObjectRef[Any]] = []
-
-    def out(part: Any) -> Any:
-        if isinstance(part, ObjectRef):
-            refs.append(part)
-            return RefKey(len(refs) - 1)
-        if istask(part):
-            return (part[0], *map(out, part[1:]))
-        return [out(each) for each in part] if type(part) is list else part
-
-    changed = out(value)
-    if not needs and not refs and not _has_tasks(value):
+    if not needs and not _has_tasks(value):
         return Node(data=value)
-    return Node(needs, _OldTask(changed), refs=tuple(refs))
+    return Node(needs, OldTask(value))
 
 
 def _has_tasks(value: Any) -> bool:
     return istask(value) or (type(value) is list and any(map(_has_tasks, value)))
+
+
+class _Literal:
+    """Gives a value in a task of tuples: there it would be looked at, and taken for a key or a task."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __call__(self) -> Any:
+        return self.value
+
+
+def _swap_old(part: Any, swap: Callable[[Any], Any]) -> Any:
+    if isinstance(part, ObjectRef):
+        return (_Literal(swap(part)),)
+    if istask(part):
+        return (part[0], *(_swap_old(each, swap) for each in part[1:]))
+    return [_swap_old(each, swap) for each in part] if type(part) is list else part
+
+
+# --- in the worker --------------------------------------------------------------------------------------------------
+
+
+def resolved(run: Any) -> Any:
+    """A node's `run` with the references in its arguments replaced by their values."""
+    swap_in: Any = _swap_new
+    part = run
+    if isinstance(run, OldTask):
+        swap_in, part = _swap_old, run.task
+    found: dict[ObjectRef[Any], Any] = {}
+
+    def note(ref: ObjectRef[Any]) -> ObjectRef[Any]:
+        found[ref] = None
+        return ref
+
+    swap_in(part, note)
+    if not found:
+        return run
+    found = dict(zip(found, get(list(found))))
+    part = swap_in(part, found.__getitem__)
+    return OldTask(part) if isinstance(run, OldTask) else part

@@ -28,7 +28,7 @@ from ftray.api.objects import get, put
 from ftray.api.remote_function import RemoteFunction
 from ftray.exceptions import FtrayError, TaskError
 from ftray.util.arrivals import Arrivals
-from ftray.util.dask.graph import Key, Node, RefKey, flat_keys, nested, nodes_of, order_of
+from ftray.util.dask.graph import Key, Node, flat_keys, nested, nodes_of, order_of, resolved
 from ftray.util.errors import as_raised
 from ftray.worker.core import get_core
 from ftray.worker.refs import ObjectRef
@@ -78,7 +78,7 @@ def ftray_dask_get(
 def run_node(key: Any, run: Any, needs: tuple[Any, ...], /, *values: Any) -> Any:
     """In the worker: computes a node from the values of what it needs."""
     try:
-        return run(dict(zip(needs, values)))
+        return resolved(run)(dict(zip(needs, values)))
     except Exception as error:
         error.add_note(_note(key))
         raise
@@ -217,10 +217,8 @@ class _Run:
             else:
                 self.data[key] = node.data
         else:
-            names = (*node.needs, *map(RefKey, range(len(node.refs))))
             try:
-                values = [*map(self.reference, node.needs), *node.refs]
-                ref = self.remote(key).remote(key, node.run, names, *values)
+                ref = self.remote(key).remote(key, node.run, node.needs, *map(self.reference, node.needs))
             except Exception as error:
                 error.add_note(_note(key))
                 raise
@@ -265,7 +263,7 @@ class _Run:
             key = self.out[object_id]
             entry = self.core.entries.get(object_id)
             if entry is not None and entry.state == FAILED:
-                raise self.error(key) from None
+                raise self.error(key)
             del self.out[object_id]
             self.callbacks.finished(key, self.refs[key])
             self.drop(key)

@@ -124,6 +124,10 @@ class Crew:
         self._effects[:0] = effects
 
     @property
+    def has_effects(self) -> bool:
+        return bool(self._effects)
+
+    @property
     def over(self) -> bool:
         """Nothing runs, and nothing will."""
         return self.closed and not self.members and not self.pending and not self.feeds
@@ -137,6 +141,15 @@ class Crew:
             return
         self.pending.append(batch)
         self._deal()
+
+    def take(self, batch: Batch) -> int | None:
+        """Gives a batch to an idle worker at once, without an effect: the caller runs it. None when there is none idle."""
+        if self.broken is not None or self.pending or not self.idle:
+            return None
+        member = self.members[self.idle.popleft()]
+        member.state = BUSY
+        member.batch = batch
+        return member.number
 
     def _deal(self) -> None:
         while self.pending and self.idle:
@@ -161,7 +174,8 @@ class Crew:
         else:
             member.state = IDLE
             self.idle.append(number)
-        self._deal()
+        if self.pending or self.closed:
+            self._deal()
 
     # --- workers -----------------------------------------------------------------------------------------------------
 

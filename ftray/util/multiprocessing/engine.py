@@ -29,16 +29,19 @@ from typing import Any
 
 from ftray.api.actor import ActorClass, ActorHandle, kill
 from ftray.api.objects import put
-from ftray.exceptions import ActorDiedError, ActorUnavailableError, FtrayError, SerializationError
+from ftray.exceptions import ActorDiedError, ActorUnavailableError, FtrayError, GetTimeoutError, SerializationError
 from ftray.util.arrivals import Arrivals
 from ftray.util.multiprocessing.crew import Batch, Crew, Effect, Fail, Hire, Kill, Leave, Run
-from ftray.util.multiprocessing.worker import PoolWorker
+from ftray.util.multiprocessing.worker import CALL, PICKLED, PoolWorker
 from ftray.worker.core import Core, get_core
 from ftray.worker.refs import ObjectRef
 from ftray.worker.serialization import serialize
 from ftray.worker.waiting import FAILED
 
 log = logging.getLogger("ftray.util")
+
+DIRECT_S = 1.0
+"""A call that takes longer than this is waited for like others."""
 
 Function = tuple[Any, bool | None]
 """As `PoolWorker.run` takes it: a pickle (or a reference to one in the store) and whether to keep it, or itself and None."""
@@ -126,6 +129,58 @@ class Engine:
                 self.crew.submit(batch)
         self.act()
 
+    def call(self, job: Callable[[], Any], func: Callable[..., Any], items: tuple[Any, Any]) -> tuple[bool, Any]:
+        """One call, waited for: the answer. When a worker is idle nothing but the call itself is in the way.
+
+        `job()` makes the job that takes over otherwise: no worker is idle, the worker dies, or the call takes long.
+        """
+        function = self.function(func)
+        batch = Batch(_NOBODY, 0, CALL, function, items)
+        with self.lock:
+            number = self.crew.take(batch)
+        handle = None if number is None else self._handles.get(number)
+        if number is None or handle is None:
+            return self._call_in_turn(job(), batch)
+        try:
+            ref = handle.run.remote(CALL, *function, items)
+        except BaseException as error:
+            self._free(number, batch)
+            if isinstance(error, Exception):
+                return False, _plain(error)
+            raise
+        try:
+            answer: tuple[bool, Any] = self.core.objects.get((ref,), DIRECT_S)[0]
+        except BaseException as error:
+            if isinstance(error, GetTimeoutError | ActorDiedError | ActorUnavailableError):
+                batch.job = result = job()
+                with self.lock:
+                    broken = self.crew.broken
+                if broken is not None:  # terminated meanwhile, with nobody to be told
+                    result.abort(broken)
+                    return False, broken
+                self._track(Run(number, batch), ref)
+                return result.outcome()
+            if isinstance(error, Exception):
+                answer = False, _unread(error)
+            else:  # an interrupt: the call goes on, and nobody wants its result
+                self._track(Run(number, batch), ref)
+                raise
+        self._free(number, batch)
+        return answer
+
+    def _call_in_turn(self, job: Any, batch: Batch) -> tuple[bool, Any]:
+        batch.job = job
+        self.submit([batch])
+        outcome: tuple[bool, Any] = job.outcome()
+        return outcome
+
+    def _free(self, number: int, batch: Batch) -> None:
+        with self.lock:
+            self.crew.finished(number, batch)
+            more = self.crew.has_effects
+        if more:
+            self.act()
+
     def add_job(self, job: Any) -> None:
         with self.lock:
             self.jobs.add(job)
@@ -176,7 +231,9 @@ class Engine:
             effect.batch.job.deliver(effect.batch, False, effect.error)
 
     def _ask(self, effect: Effect, method: Callable[..., ObjectRef[Any]], *args: Any) -> None:
-        ref = method(*args)
+        self._track(effect, method(*args))
+
+    def _track(self, effect: Effect, ref: ObjectRef[Any]) -> None:
         self._calls[ref._id] = _Call(effect, ref)
         self._arrivals.add((ref._id,))
 
@@ -209,13 +266,23 @@ class Engine:
         handle = self._handles.get(effect.number)
         if handle is None:
             return  # terminated: the batch has failed with the others
-        function, keep = batch.function
         try:
-            self._ask(effect, handle.run.remote, batch.kind, function, keep, batch.items)
+            kind, items = self._pack(batch)
+            self._ask(effect, handle.run.remote, kind, *batch.function, items)
         except Exception as error:  # the items cannot be pickled
             with self.lock:
                 self.crew.finished(effect.number, batch)
             batch.job.deliver(batch, False, _plain(error))
+
+    def _pack(self, batch: Batch) -> tuple[int, Any]:
+        """The items as they travel: pickled once, whatever their size; as they are when there are references inside."""
+        pickled = serialize(batch.items, "items")
+        if pickled.refs:
+            return batch.kind, batch.items
+        core = self.core
+        if pickled.size > core.config.inline_bytes_max:
+            return batch.kind, ObjectRef(core.objects.put(pickled), core)
+        return batch.kind | PICKLED, pickled.to_bytes()
 
     # --- answers -----------------------------------------------------------------------------------------------------
 
@@ -278,10 +345,8 @@ class Engine:
         """A worker's answer, or why there is none."""
         try:
             ok, value = self.core.objects.get((ref,), None)[0]
-        except SerializationError as error:
-            return False, MaybeEncodingError(error, "the result")
         except Exception as error:
-            return False, _plain(error)
+            return False, _unread(error)
         return ok, value
 
     # --- waiting -----------------------------------------------------------------------------------------------------
@@ -388,7 +453,20 @@ class Engine:
                 os.eventfd_write(self._wake_fd, 1)
 
 
+class _Nobody:
+    """The job of a call whose caller was interrupted."""
+
+    def deliver(self, batch: Batch, ok: bool, value: Any) -> None:
+        pass
+
+
+_NOBODY = _Nobody()
 _STOP = object()
+
+
+def _unread(error: Exception) -> Exception:
+    """Why an answer could not be carried over."""
+    return MaybeEncodingError(error, "the result") if isinstance(error, SerializationError) else error
 
 
 def _plain(error: Exception) -> Exception:

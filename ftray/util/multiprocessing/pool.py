@@ -107,7 +107,13 @@ class Pool:
 
     def apply(self, func: Callable[..., Any], args: Iterable[Any] = (), kwds: dict[str, Any] | None = None) -> Any:
         """`func(*args, **kwds)` in a worker; waits for the result. Raises what it raises."""
-        return self.apply_async(func, args, kwds).get()
+        engine = self._check_running()
+        _check_callable(func)
+        items = (tuple(args or ()), dict(kwds or {}))
+        ok, value = engine.call(lambda: AsyncResult(self, engine, 1, True, None, None), func, items)
+        if ok:
+            return value
+        raise value
 
     def apply_async(
         self,

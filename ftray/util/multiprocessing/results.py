@@ -77,6 +77,11 @@ class AsyncResult:
             return self._value
         raise self._value
 
+    def outcome(self) -> tuple[bool, Any]:
+        """Waits, and returns (True, result) or (False, exception)."""
+        self.wait()
+        return self._success, self._value
+
     # --- for the engine ----------------------------------------------------------------------------------------------
 
     def deliver(self, batch: Batch, ok: bool, value: Any) -> None:

@@ -25,6 +25,8 @@ from ftray.worker.serialization import deserialize
 
 CALL, MAP, STAR = 0, 1, 2
 """What `items` of a batch is: `(args, kwargs)` of one call, a list of single arguments, or of tuples of arguments."""
+PICKLED = 8
+"""Added to these: `items` is a pickle of them."""
 KEPT_MAX = 256
 """Functions that a worker keeps unpickled."""
 
@@ -56,6 +58,9 @@ class PoolWorker:
         try:
             if keep is not None:
                 function = self._load(function, keep)
+            if kind & PICKLED:
+                items = deserialize(items)
+                kind -= PICKLED
             if kind == CALL:
                 args, kwargs = items
                 return True, function(*args, **kwargs)

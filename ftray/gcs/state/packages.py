@@ -1,0 +1,43 @@
+"""Packages of runtime environments in the key-value table, and their end: with the last job that uses them.
+
+Role: pure. A package lies under its digest (a manifest) and under its digest and a number (its parts), in the namespace
+`PACKAGES`. Each job that uses it says so first, in the namespace `USERS`: an entry for the job, so that the end of one
+without packages costs nothing, and one for the job and the digest. Only then does it look whether the package is there;
+so one that it finds stays.
+
+Rule: a job whose detached actors live on keeps its packages, for their restarts on other nodes.
+
+Rejected: a count in the manifest (a job that repeats itself would count twice); an end by age (a program may run longer).
+"""
+
+from __future__ import annotations
+
+from ftray.gcs.state.store import Store
+from ftray.gcs.state.tables import Table, kv_key
+
+PACKAGES = "runtime-env-packages"
+USERS = "runtime-env-users"
+DIGEST_BYTES = 16
+
+
+def job_finished(store: Store, job_id: bytes) -> None:
+    """Deletes what the job alone has used."""
+    mark = kv_key(USERS, job_id)
+    if mark not in store.kv:
+        return
+    users, packages = kv_key(USERS, b""), kv_key(PACKAGES, b"")
+    mine: set[bytes] = set()
+    others: set[bytes] = set()
+    parts: list[tuple[bytes, bytes]] = []
+    doomed = []
+    for key in store.kv:
+        if key.startswith(mark):
+            doomed.append(key)
+            mine.add(key[len(mark) :])
+        elif key.startswith(users):
+            others.add(key[-DIGEST_BYTES:])
+        elif key.startswith(packages):
+            parts.append((key[len(packages) : len(packages) + DIGEST_BYTES], key))
+    doomed += [key for digest, key in parts if digest in mine and digest not in others]
+    for key in sorted(doomed):
+        store.delete(Table.KV, key)
