@@ -201,7 +201,7 @@ def test_a_repeated_attempt_with_larger_items_does_not_wait_for_reads_that_were_
         world.do_yield()
         world.do_item()
     world.do_die()
-    for _ in range(3):
+    for _ in range(2):
         assert world.window.has_room()
         world.do_yield(BYTES_MAX)
         world.do_item()

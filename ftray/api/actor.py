@@ -32,6 +32,7 @@ from ftray.api.options import (
     resource_needs,
     return_count,
 )
+from ftray.api.signatures import Arity
 from ftray.exceptions import ActorDiedError, ActorExit
 from ftray.gcs.state.commands import KvPut, RegisterActor
 from ftray.gcs.state.tables import ActorRecord, ActorState
@@ -104,12 +105,13 @@ class ActorClass:
         """Makes an actor; returns at once. A constructor that raises shows at the first `get` on a call.
 
         Raises ValueError when the name is taken or a method names a concurrency group that there is not,
-        SerializationError naming the argument, NotInitializedError.
+        SerializationError naming the argument, NotInitializedError, TypeError when the arguments do not fit.
         """
         core = get_core()
         options = self._options
         facts = self._facts
         check_groups(facts.class_name, facts.methods, self._groups)
+        Arity(self._cls, facts.class_name).check(args, kwargs)
         info = self._exported(core)
         packed, deps, holds, kept = pack(core, args, kwargs)
         context = core.context()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
 from ftray.ids import return_id
@@ -19,7 +19,7 @@ from ftray.worker.core import Core
 from ftray.worker.refs import ObjectRef, check_current
 from ftray.worker.streams import COMPLETION_INDEX, HANDLE_INDEX
 from ftray.worker.streams import DynamicObjectRefGenerator as DynamicObjectRefGenerator
-from ftray.worker.waiting import PENDING, Callback, Waiter
+from ftray.worker.waiting import Callback, Waiter
 
 if TYPE_CHECKING:
     from ftray.worker.streams import StreamRecord
@@ -79,29 +79,13 @@ class ObjectRefGenerator(Generic[R]):
         """The next reference; waits until its item is there. Raises StopIteration at the end, ForeignRefError."""
         core = self._core
         while True:
-            with core.lock:
-                if core.released:
-                    core.drain()
-                object_id = core.streams.take(self._record)
-                if object_id is None:
-                    waiter = Waiter(1)
-                    head_id = self._hang(waiter)
-                if core.reactor.dirty:
-                    core.settle()
-            if object_id is not None:
-                return ObjectRef(object_id, core)
+            waiter = Waiter(1)
+            ref, head_id = core.streams.step(self._record, waiter)
+            if ref is not None:
+                return ref
             if not head_id:
                 raise StopIteration
             self._wait(waiter, head_id)
-
-    def _hang(self, waiter: Any) -> bytes:
-        """Hangs a waiter on the next item, under the lock, and returns its id; empty when no item will come."""
-        record = self._record
-        head = record.head
-        if head is None or head.state != PENDING:
-            return b""
-        self._core.objects.hang(record.head_id, head, waiter)
-        return record.head_id
 
     def _wait(self, waiter: Waiter, head_id: bytes) -> None:
         check_current(self._generator_ref)
@@ -124,61 +108,20 @@ class ObjectRefGenerator(Generic[R]):
         """The same without blocking the event loop. Raises StopAsyncIteration at the end, ForeignRefError."""
         core = self._core
         while True:
-            with core.lock:
-                core.drain()
-                object_id = core.streams.take(self._record)
-                ended = object_id is None and self._record.state.over
-                core.settle()
-            if object_id is not None:
-                return ObjectRef(object_id, core)
-            if ended:
-                raise StopAsyncIteration
-            check_current(self._generator_ref)
-            await self._until_ready()
-
-    async def _until_ready(self) -> None:
-        """Waits for the next item, or the end, under asyncio or trio."""
-        core = self._core
-        event: Any
-        try:
-            loop = asyncio.get_running_loop()
-        except RuntimeError:
-            import trio
-
-            event = trio.Event()
-            token = trio.lowlevel.current_trio_token()
-
-            def wake(object_id: bytes, entry: Any) -> None:
-                try:
-                    token.run_sync_soon(event.set)
-                except trio.RunFinishedError:
-                    pass
-
-            wait = event.wait
-        else:
-            event = loop.create_future()
-
-            def wake(object_id: bytes, entry: Any) -> None:
-                try:
-                    loop.call_soon_threadsafe(_wake_future, event)
-                except RuntimeError:
-                    pass  # that loop has been closed
-
-            wait = lambda: event  # noqa: E731
-        waiter = Callback(wake)
-        with core.lock:
-            state = self._record.state
-            head_id = self._hang(waiter) if state.read == state.arrived else b""
+            event, waiter = _event()
+            ref, head_id = core.streams.step(self._record, waiter)
+            if ref is not None:
+                return ref
             if not head_id:
-                return
-            core.settle()
-        done = False
-        try:
-            await wait()
-            done = True
-        finally:
-            if not done:
-                core.objects._unhang([head_id], waiter)  # type: ignore[arg-type]
+                raise StopAsyncIteration
+            done = False
+            try:
+                check_current(self._generator_ref)
+                await event()
+                done = True
+            finally:
+                if not done:
+                    core.objects._unhang([head_id], waiter)
 
     # --- looking -----------------------------------------------------------------------------------------------------
 
@@ -217,6 +160,34 @@ class ObjectRefGenerator(Generic[R]):
             "an ObjectRefGenerator cannot be sent to another process or copied: pass the references that it gives, or "
             "completed()"
         )
+
+
+def _event() -> tuple[Callable[[], Any], Any]:
+    """For asyncio or trio, whichever runs: what waits until the waiter, the second item, is told."""
+    try:
+        loop = asyncio.get_running_loop()
+    except RuntimeError:
+        import trio
+
+        event = trio.Event()
+        token = trio.lowlevel.current_trio_token()
+
+        def set_event(object_id: bytes, entry: Any) -> None:
+            try:
+                token.run_sync_soon(event.set)
+            except trio.RunFinishedError:
+                pass
+
+        return event.wait, Callback(set_event)
+    future = loop.create_future()
+
+    def set_future(object_id: bytes, entry: Any) -> None:
+        try:
+            loop.call_soon_threadsafe(_wake_future, future)
+        except RuntimeError:
+            pass  # that loop has been closed
+
+    return lambda: future, Callback(set_future)
 
 
 def _wake_future(event: asyncio.Future[None]) -> None:

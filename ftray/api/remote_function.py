@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, overload
 from ftray.api.arguments import pack
 from ftray.api.generators import ObjectRefGenerator, returned
 from ftray.api.options import TASK_OPTIONS, check_options, exception_names, items_ahead, resource_needs, return_count
+from ftray.api.signatures import Arity
 from ftray.ids import return_id
 from ftray.ownership.dispatch import ClassQueue
 from ftray.ownership.tasks import FunctionInfo, TaskRecord
@@ -43,6 +44,7 @@ class RemoteFunction(Generic[P, R]):
         self._max_calls: int = options.get("max_calls", 1 if self._needs.get("GPU") else 0)
         self._num_returns = return_count(options, function)
         self._ahead_max = 0
+        self._arity = Arity(function, getattr(function, "__qualname__", str(function)))
         self._retry_exceptions = exception_names(options.get("retry_exceptions"))
         self._shared: dict[Any, Any] = {} if shared is None else shared
         """Session -> FunctionInfo; the same for all option sets of one function."""
@@ -100,13 +102,17 @@ class RemoteFunction(Generic[P, R]):
         """Runs the function on the cluster: returns its ObjectRef, a list of them for `num_returns` over 1, None for 0,
         and an ObjectRefGenerator for a generator function.
 
-        Raises NotInitializedError, SerializationError (naming the argument), ForeignRefError.
+        Raises NotInitializedError, SerializationError (naming the argument), ForeignRefError, and TypeError when the
+        arguments do not fit the function.
         """
         core = core_or_none()
         if core is not self._core or core is None:
             core = get_core()
             self._bind(core)
         context = current_task.get() or core.root_context
+        arity = self._arity
+        if kwargs or not arity.low <= len(args) <= arity.high:
+            arity.check(args, kwargs)
         data, deps, holds, kept = pack(core, args, kwargs)
         count = self._num_returns
         task_id = context.prefix + context.counter().to_bytes(4, "little")

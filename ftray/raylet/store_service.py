@@ -260,7 +260,8 @@ class StoreService:
 
 def limits_of(config: Config, capacity_bytes: int) -> Limits:
     """When a store of this size is under pressure, by the settings."""
-    threshold = int(capacity_bytes * config.spill_threshold_percent / 100)
+    percent = config.spill_threshold_percent
+    threshold = int(capacity_bytes * percent / 100) if 0 <= percent <= 100 else capacity_bytes
     return Limits(threshold, config.spill_bytes_max, config.store_room_wait_ms)
 
 

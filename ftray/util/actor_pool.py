@@ -172,7 +172,7 @@ class ActorPool(Generic[V]):
             raise StopIteration("no result is left to get: nothing was submitted since the last one")
         self._take_arrived()
         index = self._next_return
-        if index not in self._slots and index < self._next_index:
+        if index not in self._slots and (index < self._next_index or not self._queue):
             raise ValueError("get_next() cannot follow get_next_unordered(), which has returned later results already")
 
         def there() -> _Slot | None:

@@ -175,6 +175,7 @@ class Executor:
     def on_closed(self, link: Link, reason: str) -> None:
         if link.peer is not None:
             self.dead_callers.append(link.peer.worker_id)
+            self.replies.generators.closed(link)
             if get_ident() != self.main_thread:
                 self.wake()
 

@@ -17,6 +17,7 @@ each item when the next one is asked for).
 from __future__ import annotations
 
 import asyncio
+import functools
 import inspect
 import time
 from collections.abc import Callable
@@ -47,10 +48,6 @@ if TYPE_CHECKING:
 FLUSH_BYTES = 65536
 FLUSH_AFTER_S = 0.001
 FLUSH_LATE_MS = 5
-LOOK_S = 0.5
-"""How often a generator that waits for room looks whether its owner is still there."""
-DRAIN_S = 0.005
-"""The same while output waits for the socket, in an actor, where only its own thread writes."""
 
 
 class Flow:
@@ -63,7 +60,7 @@ class Flow:
         self.message = message
         self.window = window
         self.wake: Callable[[], None] | None = None
-        """Wakes who waits for room, once."""
+        """Wakes who waits for room; more than once does no harm."""
         self.handed_off = False
 
     @property
@@ -123,29 +120,48 @@ class Generators:
 
     def _wait(self, flow: Flow) -> None:
         """Waits until the generator may be resumed."""
-        core, executor, reactor, link = self.core, self.executor, self.reactor, flow.link
+        core, executor = self.core, self.executor
         self._flush()
-        # In an actor its main thread is the one that reads and writes the task channels.
-        drives = executor.actor is not None and get_ident() == executor.main_thread
-        timeout_s = core.config.block_notice_ms / 1000.0
+        timeout_s: float | None = core.config.block_notice_ms / 1000.0
         blocked = False
+        started_s = 0.0
         try:
             while not flow.may_go_on:
                 waiter = Waiter(1)
-                flow.wake = lambda waiter=waiter: waiter.ready(b"", None)
+                flow.wake = functools.partial(_release, waiter)
                 if flow.may_go_on or block(core.reactor, waiter, timeout_s):
                     continue
                 if not blocked:
                     blocked = True
+                    timeout_s = None
+                    started_s = time.time()
                     executor.blocked()
-                timeout_s = DRAIN_S if drives and link.out else LOOK_S
-                if drives:
-                    with reactor.lock:
-                        reactor.handle(reactor.poll_events(0, 64))
+                    self._watch_channels(True)
         finally:
             flow.wake = None
             if blocked:
+                self._watch_channels(False)
                 executor.unblocked()
+                executor.events.waited(flow.message.task_id, started_s)
+
+    def _watch_channels(self, on: bool) -> None:
+        """Has the task channels read and written while the main thread of an actor waits, as `blocked` has it done
+        for tasks: the owner may die, or the socket may be what has no room."""
+        executor, core = self.executor, self.core
+        if executor.actor is not None and get_ident() == executor.main_thread:
+            with core.lock:
+                if on:
+                    core.reactor.watch(self.reactor._epoll.fileno(), self._serve_channels)
+                else:
+                    core.reactor.unwatch(self.reactor._epoll.fileno())
+            if not on:
+                executor.wake()
+
+    def _serve_channels(self) -> None:
+        """From whichever thread reads the core's reactor, under its lock."""
+        reactor = self.reactor
+        with reactor.lock:
+            reactor.handle(reactor.poll_events(0, 64))
 
     # --- in a coroutine ----------------------------------------------------------------------------------------------
 
@@ -262,6 +278,13 @@ class Generators:
                 core.reactor.call_later(FLUSH_LATE_MS, self._flush_now)
         return False
 
+    def closed(self, link: Link) -> None:
+        """A task channel has closed: nobody will read what runs for it. Under the channels' lock."""
+        for flow in tuple(self.flows.values()):
+            wake = flow.wake
+            if flow.link is link and wake is not None:
+                wake()
+
     def _flush(self) -> None:
         with self.reactor.lock:
             self.reactor.flush_dirty()
@@ -310,6 +333,15 @@ def close_quietly(iterator: Any) -> None:
         pass
 
 
+def _release(waiter: Waiter) -> None:
+    """Ends a thread's wait; two others may say so at the same time."""
+    waiter.remaining = 0
+    try:
+        waiter.lock.release()
+    except RuntimeError:
+        pass
+
+
 def _primitives() -> tuple[Callable[[], Any], Callable[[Flow], Any]]:
     """How to let others run, and how to wait for room, in the event loop that runs now."""
     try:
@@ -338,7 +370,7 @@ async def _wait_in_asyncio(flow: Flow) -> None:
 
     flow.wake = wake
     if not flow.may_go_on:
-        await asyncio.wait([event], timeout=LOOK_S)
+        await event
 
 
 async def _wait_in_trio(flow: Flow) -> None:
@@ -355,5 +387,4 @@ async def _wait_in_trio(flow: Flow) -> None:
 
     flow.wake = wake
     if not flow.may_go_on:
-        with trio.move_on_after(LOOK_S):
-            await event.wait()
+        await event.wait()

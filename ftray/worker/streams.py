@@ -329,6 +329,25 @@ class Streams:
             self.tell(record, True)
         return None
 
+    def step(self, record: StreamRecord, waiter: Any) -> tuple[Any, bytes]:
+        """The reference of the next item; or None, and the id of the object that `waiter` hangs on now (empty at the
+        end). Not under the lock."""
+        core = self.core
+        with core.lock:
+            if core.released:
+                core.drain()
+            object_id = self.take(record)
+            if object_id is not None:
+                if core.reactor.dirty:
+                    core.settle()
+                return core.peers.make_ref(object_id, core), b""
+            head = record.head
+            if head is None or head.state != waiting.PENDING:
+                return None, b""
+            core.objects.hang(record.head_id, head, waiter)
+            core.settle()
+            return None, record.head_id
+
     def tell(self, record: StreamRecord, hungry: bool) -> None:
         """Says to the worker what it has to hear, if anything."""
         while (read := record.state.say(hungry)) is not None:

@@ -1,4 +1,7 @@
-"""What the tests of `ftray.cancel` share: tasks that stay until they are interrupted, and say by files where they are."""
+"""What the tests of `ftray.cancel` share: tasks that stay until they are interrupted and say by files where they are.
+
+Imported in workers too, so it imports little.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import pytest
 from integration.harness import wait_until
 
 import ftray
@@ -18,6 +20,8 @@ GET_S = 15.0
 
 def check_cancelled(ref: Any, name: str) -> None:
     """The reference stands for a cancelled task of that name, again and again."""
+    import pytest
+
     for _ in range(2):
         with pytest.raises(exceptions.TaskCancelledError, match=name) as caught:
             ftray.get(ref, timeout=GET_S)

@@ -28,11 +28,11 @@ from integration.harness import (
     wait_for_file,
     wait_for_none,
     wait_until,
-    worker_entries,
 )
 
 import ftray
 from ftray import exceptions
+from ftray.api.context import ask_raylet
 from ftray.worker.core import get_core
 
 pytestmark = pytest.mark.usefixtures("session")
@@ -584,19 +584,16 @@ def test_a_death_names_the_method_that_ran() -> None:
 
 
 @MODES
-def test_what_a_dead_caller_held_is_let_go(mode: str, tmp_path: Path) -> None:
+def test_what_a_dead_caller_held_is_let_go_at_once(mode: str, tmp_path: Path) -> None:
     class Plain:
         def __init__(self) -> None:
-            self.ref = ftray.put("mine")
+            self.ref = ftray.put(bytes(300_000))
 
         def lend(self) -> Any:
             return [self.ref]
 
         def drop(self) -> None:
             self.ref = None
-
-        def entries(self) -> int:
-            return worker_entries()
 
     class Async(Plain):
         async def beat(self) -> None: ...
@@ -608,19 +605,19 @@ def test_what_a_dead_caller_held_is_let_go(mode: str, tmp_path: Path) -> None:
     @ftray.remote(max_retries=0)
     def borrow(owner: Any) -> None:
         ref = ftray.get(owner.lend.remote())[0]
-        assert ftray.get(ref) == "mine"
-        (tmp_path / "pid").write_text(str(os.getpid()))
+        assert len(ftray.get(ref)) == 300_000
+        (tmp_path / "part").write_text(str(os.getpid()))
+        (tmp_path / "part").rename(tmp_path / "pid")
         wait_for_file("/nonexistent", 100)
 
-    none = ftray.get(owner.entries.remote(), timeout=20)
     borrowed = borrow.remote(owner)
-    wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
+    wait_for_file(tmp_path / "pid")
     ftray.get(owner.drop.remote(), timeout=20)
+    assert ask_raylet("memory")["objects"]
     os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+    wait_for_none(lambda: ask_raylet("memory")["objects"], what="what the dead caller has borrowed")
     with pytest.raises(exceptions.WorkerCrashedError):
         ftray.get(borrowed, timeout=20)
-    # `entries` may run before the end of the caller's channel has been read: it is asked until then.
-    wait_until(lambda: ftray.get(owner.entries.remote(), timeout=20) < none)
 
 
 # --- detached actors ------------------------------------------------------------------------------------------------

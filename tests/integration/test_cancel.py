@@ -1,4 +1,4 @@
-"""`ftray.cancel`: whatever a task is doing, and wherever it is, it ends in TaskCancelledError, and others do not notice."""
+"""`ftray.cancel`: whatever a task is doing and wherever it is, it ends in TaskCancelledError; others do not notice."""
 
 from __future__ import annotations
 
@@ -234,10 +234,10 @@ def test_never_the_next_one() -> None:
             ftray.cancel(ref)
         for number, ref in enumerate(refs):
             try:
-                assert ftray.get(ref, timeout=GET_S) == number
+                found = ftray.get(ref, timeout=GET_S)
             except exceptions.TaskCancelledError as error:
-                assert ref in chosen
-                assert error.task_id == ref.task_id()
+                found = error.task_id
+            assert found == number or (ref in chosen and found == ref.task_id())
 
 
 def test_a_task_asks_whether_it_is_cancelled(tmp_path: Path) -> None:
@@ -356,14 +356,14 @@ def test_the_whole_tree_below_is_cancelled(tmp_path: Path, force: bool) -> None:
 def test_not_below_if_so_wanted(tmp_path: Path) -> None:
     @ftray.remote(num_cpus=0)
     def above(gate: str) -> list[Any]:
-        children = [holding.remote(str(tmp_path))]
+        child = holding.remote(str(tmp_path))
         try:
             begun(tmp_path)
             Path(tmp_path, "waits").touch()
             hold()
         except KeyboardInterrupt:
-            wait_for_file(gate)  # owns the child, so it stays to let it live
-        return []
+            wait_for_file(gate)  # it owns the child, which would end with its worker
+        return [child]
 
     gate = str(tmp_path / "gate")
     ref = above.remote(gate)

@@ -14,7 +14,6 @@ from integration.harness import meet, run_driver, wait_for_file, wait_until
 
 import ftray
 from ftray.exceptions import TaskError, TaskUnschedulableError, WorkerCrashedError
-from ftray.util.arrivals import Arrivals
 
 pytest.importorskip("dask")
 import dask
@@ -349,20 +348,20 @@ def test_many_tasks_leave_nothing_behind() -> None:
     assert found == tuple(expected[i] for i in range(300))
 
 
-def test_the_failed_task_is_blamed_whichever_is_seen_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that need a failed task fail with it; the order in which that is seen must not matter."""
-    real = Arrivals.wait
+def test_the_failed_task_is_blamed_and_not_those_that_need_it(tmp_path: Path) -> None:
+    """They fail with it, and are seen first: each waited for it before this process did."""
 
-    def backwards(self: Arrivals, timeout_s: float | None) -> bool:
-        came = real(self, timeout_s)
-        with self.core.lock:
-            self.arrived.reverse()
-        return came
+    def fail_when_told(_: Any) -> None:
+        wait_for_file(tmp_path / "go")
+        raise LookupError
 
-    monkeypatch.setattr(Arrivals, "wait", backwards)
-    graph = {"bad": (fail, 1)} | {f"after-{i}": (inc, "bad") for i in range(5)}
-    with pytest.raises(LookupError) as caught:
-        ftray_dask_get(graph, [f"after-{i}" for i in range(5)])
+    class Tell(Callback):  # type: ignore[misc]
+        def _posttask(self, key: Any, result: Any, dsk: Any, state: Any, worker: Any) -> None:
+            (tmp_path / "go").touch()
+
+    graph = {"first": (inc, 1), "bad": (fail_when_told, 1)} | {f"after-{i}": (inc, "bad") for i in range(5)}
+    with Tell(), pytest.raises(LookupError) as caught:
+        ftray_dask_get(graph, ["first", *(f"after-{i}" for i in range(5))])
     assert caught.value.__notes__ == ["in the Dask task 'bad'"]
 
 

