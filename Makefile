@@ -3,7 +3,7 @@
 
 VENV ?= .venv
 PYTEST_ARGS ?=
-BENCH_ARGS ?=
+BENCH_ARGS ?= --against ray --write docs/benchmarks.md
 
 PIP_INSTALL := -m pip --disable-pip-version-check install --quiet
 RUNTIME := $(VENV)/.installed-runtime
@@ -31,7 +31,8 @@ lint: $(DEV) ## ruff, mypy --strict, and the rules of who may import whom
 	$(VENV)/bin/mypy --strict ftray
 	$(VENV)/bin/python -m pytest -q tests/unit/test_layers.py
 
-bench: $(RUNTIME) ## the microbenchmark (BENCH_ARGS are passed on)
+bench: $(RUNTIME) ## the microbenchmark, on Ray too; writes docs/benchmarks.md (BENCH_ARGS= for ours alone)
+	@$(VENV)/bin/python $(COMPILE)
 	$(VENV)/bin/ftray microbenchmark $(BENCH_ARGS)
 
 test-all: ## all tests on each supported Python that is installed

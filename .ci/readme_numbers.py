@@ -1,6 +1,6 @@
 """Put figures into the README: the table between its two `numbers` marks.
 
-Usage: ftray microbenchmark --json | python .ci/readme_numbers.py [README.md]
+Usage: ftray microbenchmark [--against ray --write docs/benchmarks.md] --json | python .ci/readme_numbers.py [README.md]
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from ftray.perf.figures import shown  # noqa: E402
+from ftray.perf.page import NAMES  # noqa: E402
 
 BEGIN, END = "<!-- numbers: begin -->", "<!-- numbers: end -->"
-HEAD = "| | median | min – max | limit | others |\n| --- | ---: | ---: | ---: | --- |\n"
+HEAD = "| | median | min – max | limit | others, and how many times ours is better |\n| --- | ---: | ---: | ---: | --- |\n"
 
 
 def row(benchmark: dict[str, Any]) -> str:
@@ -26,13 +27,15 @@ def row(benchmark: dict[str, Any]) -> str:
     ours, unit = systems.pop("ftray"), benchmark["unit"]
     sign = "≥" if benchmark["more_is_better"] else "≤"
     limit = "" if benchmark["limit"] is None else f"{sign} {shown(benchmark['limit'])}"
-    others = ", ".join(f"{name} {shown(each['median'])}" for name, each in systems.items())
+    others = [
+        f"{NAMES.get(name, name)} {shown(each['median'])} ({shown(each['ratio'])}×)" for name, each in systems.items()
+    ]
     cells = [
         benchmark["title"],
         f"{shown(ours['median'])} {unit}",
         f"{shown(ours['min'])} – {shown(ours['max'])}",
         limit,
-        others,
+        ", ".join(others),
     ]
     return "| " + " | ".join(cells) + " |\n"
 

@@ -370,10 +370,13 @@ def get_actor(name: str, namespace: str | None = None) -> ActorHandle:
 
 def _find(core: Core, name: str, namespace: str) -> ActorHandle | None:
     """The live actor of that name; None also when it has just ended."""
-    for record in _actor_records(core):
-        if record.name == name and record.namespace == namespace and record.state != ActorState.DEAD:
-            return _handle_of(core, record)
-    return None
+    answer = Answer()
+    with core.lock:
+        core.gcs.named_actor(namespace, name, answer.give)
+        core.settle()
+    block(core.reactor, answer.waiter, None)
+    core.check_open()
+    return None if answer.message is None else _handle_of(core, answer.message)
 
 
 def _handle_of(core: Core, record: ActorRecord) -> ActorHandle | None:
@@ -412,10 +415,15 @@ def current_actor(core: Core) -> ActorHandle:
         creation.class_name, method_table(executor.function(creation.class_id)), creation.max_task_retries,
         groups=tuple(creation.concurrency_groups), out_of_order=creation.out_of_order,
     )  # fmt: skip
-    for record in _actor_records(core):
-        if record.actor_id == executor.actor_id:
-            return _new_handle(core, record, creation.owner_endpoint, facts)
-    raise RuntimeError("the GCS does not know this actor any more")
+    answer = Answer()
+    with core.lock:
+        core.gcs.actor(executor.actor_id, answer.give)
+        core.settle()
+    block(core.reactor, answer.waiter, None)
+    core.check_open()
+    if answer.message is None:
+        raise RuntimeError("the GCS does not know this actor any more")
+    return _new_handle(core, answer.message, creation.owner_endpoint, facts)
 
 
 def list_named_actors(all_namespaces: bool = False) -> list[Any]:

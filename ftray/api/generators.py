@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
 from ftray.ids import return_id
@@ -19,7 +19,7 @@ from ftray.worker.core import Core
 from ftray.worker.refs import ObjectRef, check_current
 from ftray.worker.streams import COMPLETION_INDEX, HANDLE_INDEX
 from ftray.worker.streams import DynamicObjectRefGenerator as DynamicObjectRefGenerator
-from ftray.worker.waiting import Callback, Waiter
+from ftray.worker.waiting import Waiter
 
 if TYPE_CHECKING:
     from ftray.worker.streams import StreamRecord
@@ -60,10 +60,6 @@ class ObjectRefGenerator(Generic[R]):
             pass  # made without __init__, by hand
 
     @property
-    def _id(self) -> bytes:
-        return self._handle_id
-
-    @property
     def _task_id(self) -> bytes:
         return self._handle_id[:16]
 
@@ -79,11 +75,10 @@ class ObjectRefGenerator(Generic[R]):
         """The next reference; waits until its item is there. Raises StopIteration at the end, ForeignRefError."""
         core = self._core
         while True:
-            waiter = Waiter(1)
-            ref, head_id = core.streams.step(self._record, waiter)
+            ref, head_id, waiter = core.streams.step(self._record, _new_waiter)
             if ref is not None:
-                return ref
-            if not head_id:
+                return ref  # type: ignore[no-any-return]
+            if waiter is None:
                 raise StopIteration
             self._wait(waiter, head_id)
 
@@ -108,20 +103,19 @@ class ObjectRefGenerator(Generic[R]):
         """The same without blocking the event loop. Raises StopAsyncIteration at the end, ForeignRefError."""
         core = self._core
         while True:
-            event, waiter = _event()
-            ref, head_id = core.streams.step(self._record, waiter)
+            ref, head_id, waiter = core.streams.step(self._record, AsyncWaiter)
             if ref is not None:
-                return ref
-            if not head_id:
+                return ref  # type: ignore[no-any-return]
+            if waiter is None:
                 raise StopAsyncIteration
             done = False
             try:
                 check_current(self._generator_ref)
-                await event()
+                await waiter.wait()
                 done = True
             finally:
                 if not done:
-                    core.objects._unhang([head_id], waiter)
+                    core.objects._unhang([head_id], waiter)  # type: ignore[arg-type]
 
     # --- looking -----------------------------------------------------------------------------------------------------
 
@@ -149,9 +143,9 @@ class ObjectRefGenerator(Generic[R]):
         with core.lock:
             state = record.state
             if state.read < state.arrived:
-                return NextItem(record.item_id(state.read))
+                return NextItem(record.item_id(state.read), self._core)
             core.streams.tell(record, True)
-            return NextItem(record.item_id(state.arrived))
+            return NextItem(record.item_id(state.arrived), self._core)
 
     # --- what it is not ----------------------------------------------------------------------------------------------
 
@@ -162,32 +156,43 @@ class ObjectRefGenerator(Generic[R]):
         )
 
 
-def _event() -> tuple[Callable[[], Any], Any]:
-    """For asyncio or trio, whichever runs: what waits until the waiter, the second item, is told."""
-    try:
-        loop = asyncio.get_running_loop()
-    except RuntimeError:
-        import trio
+def _new_waiter() -> Waiter:
+    return Waiter(1)
 
-        event = trio.Event()
-        token = trio.lowlevel.current_trio_token()
 
-        def set_event(object_id: bytes, entry: Any) -> None:
-            try:
-                token.run_sync_soon(event.set)
-            except trio.RunFinishedError:
-                pass
+class AsyncWaiter:
+    """What a coroutine hangs on an object, under asyncio or trio, whichever runs."""
 
-        return event.wait, Callback(set_event)
-    future = loop.create_future()
+    __slots__ = ("ready", "wait")
 
-    def set_future(object_id: bytes, entry: Any) -> None:
+    def __init__(self) -> None:
+        self.ready: Callable[[bytes, Any], None]
+        self.wait: Callable[[], Awaitable[None]]
         try:
-            loop.call_soon_threadsafe(_wake_future, future)
+            loop = asyncio.get_running_loop()
         except RuntimeError:
-            pass  # that loop has been closed
+            import trio
 
-    return lambda: future, Callback(set_future)
+            event = trio.Event()
+            token = trio.lowlevel.current_trio_token()
+
+            def set_event(object_id: bytes, entry: Any) -> None:
+                try:
+                    token.run_sync_soon(event.set)
+                except trio.RunFinishedError:
+                    pass
+
+            self.ready, self.wait = set_event, event.wait
+        else:
+            future: asyncio.Future[None] = loop.create_future()
+
+            def set_future(object_id: bytes, entry: Any) -> None:
+                try:
+                    loop.call_soon_threadsafe(_wake_future, future)
+                except RuntimeError:
+                    pass  # that loop has been closed
+
+            self.ready, self.wait = set_future, lambda: future
 
 
 def _wake_future(event: asyncio.Future[None]) -> None:
@@ -198,10 +203,11 @@ def _wake_future(event: asyncio.Future[None]) -> None:
 class NextItem:
     """An object that need not exist yet, for `ObjectPlane.wait`."""
 
-    __slots__ = ("_id",)
+    __slots__ = ("_core", "_id")
 
-    def __init__(self, object_id: bytes) -> None:
+    def __init__(self, object_id: bytes, core: Core) -> None:
         self._id = object_id
+        self._core = core
 
 
 def wait_mixed(

@@ -75,14 +75,23 @@ def wait(
     if isinstance(refs, ObjectRef):
         raise TypeError("ftray.wait takes a list of references: use ftray.wait([ref])")
     generators: list[Any] = []
-    checked = check_refs(refs, "wait", generators)
+    # Programs wait for one of many, again and again: a look at each type and session would be most of the cost. What is
+    # no reference has no id, and one of another session is not known.
+    try:
+        ids = {ref._id for ref in refs} if type(refs) is list else set()
+        checked = refs.copy() if ids else []
+    except AttributeError:
+        ids = set()
+    if not ids:
+        checked = check_refs(refs, "wait", generators)
+        ids = {ref._handle_id if isinstance(ref, ObjectRefGenerator) else ref._id for ref in checked}
     if not checked:
         return [], []
     if isinstance(num_returns, bool) or not isinstance(num_returns, int):
         raise TypeError(f"num_returns must be a whole number, not {num_returns!r}")
     if not 1 <= num_returns <= len(checked):
         raise ValueError(f"num_returns must be from 1 to the number of references ({len(checked)}), not {num_returns}")
-    if len({ref._id for ref in checked}) != len(checked):
+    if len(ids) != len(checked):
         raise ValueError("ftray.wait takes each reference once; the list has duplicates")
     if generators:
         return wait_mixed(core, checked, num_returns, timeout)

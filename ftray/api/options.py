@@ -16,8 +16,6 @@ from ftray.wire.messages import DYNAMIC, STREAMING
 
 RETURN_WORDS = {"streaming": STREAMING, "dynamic": DYNAMIC}
 NO_BOUND = -1
-_BOUNDED = -3
-"""`method_code` of a streaming method without a bound; below are those with one."""
 
 RESOURCE_OPTIONS = ("num_cpus", "num_gpus", "memory", "resources")
 COMMON = (*RESOURCE_OPTIONS, "name", "runtime_env")
@@ -154,18 +152,6 @@ def items_ahead(options: Mapping[str, Any], default: int) -> int:
         if bound is not None:
             return 0 if bound == NO_BOUND else int(bound)
     return default
-
-
-def method_code(options: Mapping[str, Any], function: Any) -> int:
-    """What a method returns as one number in the table of a handle: `num_returns`, or the bound of a streaming one."""
-    count = return_count(options, function)
-    bound = items_ahead(options, -1)
-    return count if count != STREAMING or bound < 0 else _BOUNDED - bound
-
-
-def method_returns(code: int) -> tuple[int, int]:
-    """(num_returns, bound; -1 is the default one) of such a number."""
-    return (STREAMING, _BOUNDED - code) if code <= _BOUNDED else (code, -1)
 
 
 def resource_needs(options: Mapping[str, Any], default_cpus: float) -> dict[str, float]:

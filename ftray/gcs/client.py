@@ -146,6 +146,11 @@ class GcsClient:
         """
         return self._ask(GcsRead(0, table.value, key, wait=wait), lambda rows: callback(rows.get(key)), on_error)
 
+    def read_named(self, namespace: str, name: str, callback: Callable[[Record | None], None]) -> int:
+        """Reads the record of the live actor of that name; None when there is none. Errors as for `read`."""
+        message = GcsRead(0, Table.ACTORS.value, named=(namespace, name))
+        return self._ask(message, lambda rows: callback(next(iter(rows.values()), None)), None)
+
     def read_all(
         self, table: Table, callback: Callable[[dict[bytes, Record]], None], on_error: OnError | None = None
     ) -> int:

@@ -26,7 +26,8 @@ from ftray.ownership.tasks import TaskRecord
 
 PENDING, ALIVE, RESTARTING, DEAD = "PENDING", "ALIVE", "RESTARTING", "DEAD"
 TAKEN_OUT = -1
-"""`TaskRecord.deps_left` of a call that was taken out of a queue: it is skipped when it comes to the front."""
+"""`TaskRecord.deps_left` of a call that was taken out of a queue (less if arguments come later): it is skipped when it
+comes to the front."""
 
 
 class Lane:
@@ -173,7 +174,7 @@ class ActorCalls:
         """A call that waits will not be made. False when it does not wait here."""
         if self.waiting.pop(task.task_id, None) is not None:
             return True
-        if task.task_id in self.inflight or task.deps_left == TAKEN_OUT:
+        if task.task_id in self.inflight or task.deps_left <= TAKEN_OUT:
             return False
         # Not removed from its queue: each removal would cost a walk through all that wait.
         task.deps_left = TAKEN_OUT
@@ -245,7 +246,7 @@ class ActorCalls:
         """Calls that were not pushed yet."""
         for queue in (self.queue, *(lane.queue for lane in self.lanes.values())):
             for task in queue:
-                if task.deps_left != TAKEN_OUT:
+                if task.deps_left > TAKEN_OUT:
                     yield task
         yield from self.waiting.values()
 

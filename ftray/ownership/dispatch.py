@@ -72,8 +72,8 @@ class ClassQueue:
     """Tasks with the same needs, and the leases that serve them."""
 
     __slots__ = (
-        "cancelled", "class_id", "declared", "environment", "index", "leases", "name", "queue", "resources", "retriable",
-        "room", "said", "want", "want_max",
+        "cancelled", "class_id", "declared", "environment", "index", "leases", "name", "queue", "resources",
+        "retriable", "room", "said", "want", "want_max",
     )  # fmt: skip
 
     def __init__(self, class_id: int, resources: Mapping[str, float], name: str, retriable: bool = True) -> None:
@@ -267,6 +267,8 @@ class TaskDispatcher:
 
     def spare_worker(self, lease: Lease) -> None:
         """It is not, after all."""
+        if lease.lease_id not in self.leases:
+            return  # it leaves of its own will
         lease.ending = False
         if lease.closing:
             if not lease.inflight:

@@ -1,8 +1,8 @@
 """`python -m ftray.perf.child SYSTEM BENCHMARK COUNT BUDGET_S`: measures one benchmark on one system.
 
-Role: shell. Prints a line of JSON for each measurement as it comes, so that what a slow system has measured until it is stopped
-is not lost: a number, or for `growth-*`, of which COUNT is the size, a list. The last line is an object: processor time by process.
-It is started by `runner.py`, for a system such as Ray by another interpreter that has it.
+Role: shell. Prints a line of JSON for each measurement as it comes, so that what a slow system has measured until it
+is stopped is not lost: a number, or for `growth-*`, of which COUNT is the size, a list. The last line is an object:
+processor time by process. It is started by `runner.py`, for a system such as Ray by another interpreter that has it.
 
 The measurement runs in a fork, and nothing that it starts outlives this process (`processes.py`).
 """
@@ -19,18 +19,18 @@ from contextlib import closing
 from dataclasses import astuple
 from typing import Any
 
+from ftray.perf import sampling
 from ftray.perf.definitions import BENCHMARKS, Benchmark
 from ftray.perf.growth import GROWTH
 from ftray.perf.measures import Samples, init_arguments
 from ftray.perf.processes import cpu_ns, descendants, keep, process_name
 
-
 PREFIX = "measured: "
 """Of the lines that count, since a system may print too."""
 
-
 def run(system_name: str, name: str, count: int, budget_s: float) -> None:
     """Measures, and prints."""
+    sampling.start_if_asked()
     from ftray.perf.pools import PEERS
 
     deadline = time.monotonic() + budget_s

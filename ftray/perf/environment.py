@@ -57,8 +57,8 @@ def _installed(folder: Path, say: Callable[[str], None]) -> str:
             raise BenchmarkError(f"cannot run {command[0]}: {error.strerror}") from None
         if done.returncode != 0:
             raise BenchmarkError(
-                f"ray {RAY_VERSION} cannot be installed for Python {platform.python_version()}: {' '.join(command)} failed "
-                f"({done.returncode}):\n{done.stderr.strip()[-1_500:]}\n"
+                f"ray {RAY_VERSION} cannot be installed for Python {platform.python_version()}: "
+                f"{' '.join(command)} failed ({done.returncode}):\n{done.stderr.strip()[-1_500:]}\n"
                 f"Install Ray yourself, and name the interpreter that has it in {PYTHON_VARIABLE}."
             )
     version_of(str(python), "ray")

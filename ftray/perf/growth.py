@@ -1,9 +1,10 @@
 """Does the cost of one grow with how many there are? The same at 1x, 10x and 100x outstanding tasks, objects, actors.
 
-Role: the definitions, and whether the costs hold. Standard library only, as in `measures.py`, and the same code for all systems.
+Role: the definitions, and whether the costs hold. Standard library only, as in `measures.py`, and the same code for all
+systems.
 
-Rules: all of them exist at the same time: tasks wait at a gate that opens when the last is submitted, objects are kept until
-all are read, actors until all have answered. The time is that of making, using and releasing all of them.
+Rules: all of them exist at the same time: tasks wait at a gate that opens when the last is submitted, objects are kept
+until all are read, actors until all have answered. The time is that of making, using and releasing all of them.
 """
 
 from __future__ import annotations

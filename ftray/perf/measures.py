@@ -4,8 +4,8 @@ Role: the same code for all systems. They get the system as an argument: a modul
 `wait`. Only the standard library is imported, so that an interpreter without ftray's dependencies can run this.
 
 Rules: rates are of a time slice, not of a fixed count, so that slow and fast machines give as much data. What is not
-to be measured (making arguments, letting things settle) is outside of the clock. Numbers and shapes are those of Ray's own
-microbenchmark where it has the same one.
+to be measured (making arguments, letting things settle) is outside of the clock. Numbers and shapes are those of Ray's
+own microbenchmark where it has the same one.
 """
 
 from __future__ import annotations

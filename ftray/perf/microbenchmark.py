@@ -26,6 +26,8 @@ from ftray.perf.runner import BenchmarkError, measure, measure_growth, profiled
 
 QUICK_ROUNDS, QUICK_SIZES = 2, 2
 """Of `--quick`: measurements of each benchmark, and sizes of each growth."""
+SMALL_ROUNDS = 3
+"""So often the smaller sizes are measured, which are over soon; the median counts."""
 OTHERS_SIZES = 2
 """Another system is measured at so many sizes: the largest would take Ray many minutes."""
 
@@ -56,7 +58,7 @@ def main(
     try:
         chosen, grown = select(names)
         if list_only:
-            _list(out, [*chosen, *grown], as_json)
+            _list(out, chosen, grown, as_json)
             return 0
         other = {} if against is None else {against: interpreter_of(against, say)}
         about = facts(other)
@@ -72,7 +74,8 @@ def main(
         growth = [measured_growth(each, other, QUICK_SIZES if quick else len(each.sizes), step) for each in grown]
         if page is not None:
             _profile_what_fell_short(rows, step)
-    failed = any(OURS in row.errors for row in [*rows, *growth])
+    errors = [(row.benchmark.name, row.errors) for row in rows] + [(row.growth.name, row.errors) for row in growth]
+    failed = any(OURS in each for _, each in errors)
     if page is not None:
         try:
             write(page, about, rows, growth, against)
@@ -83,9 +86,8 @@ def main(
     else:
         for table in tables(rows, growth, about):
             out.print(table)
-        for row in [*rows, *growth]:
-            name = row.benchmark.name if isinstance(row, Row) else row.growth.name
-            for system, text in row.errors.items():
+        for name, each in errors:
+            for system, text in each.items():
                 err.print(f"{name} on {system}: {text}", markup=False, style="red")
     return 1 if failed else 0
 
@@ -113,7 +115,7 @@ def _working(err: Console, as_json: bool) -> Iterator[Say]:
 
 def select(names: Sequence[str]) -> tuple[list[Benchmark], list[Growth]]:
     """Benchmarks of these names or beginnings, in our order; all without names. Raises ValueError."""
-    everything = [each.name for each in [*BENCHMARKS, *GROWTH]]
+    everything = [*(each.name for each in BENCHMARKS), *(each.name for each in GROWTH)]
     for name in names:
         if not any(each.startswith(name) for each in everything):
             raise ValueError(f"no benchmark is named {name!r}; there are {', '.join(everything)}")
@@ -154,13 +156,15 @@ def measured(benchmark: Benchmark, others: dict[str, str], rounds: int, step: Sa
 
 
 def measured_growth(growth: Growth, others: dict[str, str], sizes: int, step: Say) -> GrowthRow:
-    """Measures each size, from the smallest on, until one fails."""
+    """Measures each size, from the smallest on, until one fails; ours several times, but for the largest."""
     row = GrowthRow(growth)
     for system, python in {OURS: sys.executable, **others}.items():
         for size in growth.sizes[: sizes if system == OURS else min(sizes, OTHERS_SIZES)]:
             step(f"{growth.name}: {system}, {size:,}")
+            repeat = SMALL_ROUNDS if system == OURS and size != growth.sizes[-1] else 1
             try:
-                row.costs.setdefault(system, []).append(measure_growth(growth, system, python, size))
+                costs = [measure_growth(growth, system, python, size) for _ in range(repeat)]
+                row.costs.setdefault(system, []).append(sorted(costs, key=lambda each: each.each_us)[repeat // 2])
             except BenchmarkError as error:
                 row.errors[system] = f"{size:,}: {error}"
                 break
@@ -180,11 +184,9 @@ def _profile_what_fell_short(rows: Iterable[Row], step: Say) -> None:
 # --- showing --------------------------------------------------------------------------------------------------------
 
 
-def _list(out: Console, chosen: Iterable[Benchmark | Growth], as_json: bool) -> None:
-    rows = [
-        {"name": each.name, "title": each.title, "unit": each.unit if isinstance(each, Benchmark) else "us"}
-        for each in chosen
-    ]
+def _list(out: Console, chosen: Iterable[Benchmark], grown: Iterable[Growth], as_json: bool) -> None:
+    rows = [{"name": each.name, "title": each.title, "unit": each.unit} for each in chosen]
+    rows += [{"name": each.name, "title": each.title, "unit": "us each"} for each in grown]
     if as_json:
         out.print_json(json.dumps({"ok": True, "benchmarks": rows}))
         return

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
 
 WIDTH, HEIGHT = 760, 420
 LEFT, RIGHT, TOP, BOTTOM = 70, 190, 46, 52
@@ -34,7 +35,7 @@ STYLE = """
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """Points (x, y), all positive, from left to right. `colour` is an index; two series of one colour belong together."""
+    """Points (x, y), all positive, from left to right. Series of the same `colour` (an index) belong together."""
 
     label: str
     points: Sequence[tuple[float, float]]
@@ -80,7 +81,8 @@ def log_log(title: str, x_title: str, y_title: str, series: Sequence[Series]) ->
         parts.append(f'<polyline class="line{" other" if each.dashed else ""}" points="{path}"/>')
         parts += [f'<circle class="mark" cx="{x:.1f}" cy="{y:.1f}" r="{3 if each.dashed else 4}"/>' for x, y in placed]
         x, _ = placed[-1]
-        parts.append(f'<text class="label" x="{x + 9:.1f}" y="{height_of_label + 4:.1f}">{escape(each.label)}</text></g>')
+        place = f'x="{x + 9:.1f}" y="{height_of_label + 4:.1f}"'
+        parts.append(f'<text class="label" {place}>{escape(each.label)}</text></g>')
     return "\n".join([*parts, "</svg>\n"])
 
 
@@ -100,7 +102,7 @@ def _apart(heights: Sequence[float]) -> list[float]:
     """Moves labels down so that none lies on another."""
     moved = list(heights)
     order = sorted(range(len(moved)), key=lambda index: moved[index])
-    for above, below in zip(order, order[1:]):
+    for above, below in pairwise(order):
         moved[below] = max(moved[below], moved[above] + LABEL_GAP)
     return moved
 

@@ -2,8 +2,8 @@
 
 Role: shell, standard library only. `keep` forks: the child runs the benchmark, the parent has asked the kernel to be
 given every orphan below it (PR_SET_CHILD_SUBREAPER). Whatever the child has started, however it tried to
-get away, is therefore a descendant of the keeper, and is ended by it: when the child has ended, and when the keeper's stdin
-is closed, which is how its starter stops it, and what happens when the starter dies.
+get away, is therefore a descendant of the keeper, and is ended by it: when the child has ended, and when the keeper's
+stdin is closed, which is how its starter stops it, and what happens when the starter dies.
 
 Rejected: the process group, which a system's own processes leave; a mark in their environment, which those that change
 their title overwrite.

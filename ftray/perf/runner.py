@@ -1,8 +1,7 @@
 """Measures in child processes, one at a time, and reads what they print.
 
-Role: shell. Nothing but one benchmark on one system and what it starts runs at a time; a benchmark that fails or hangs costs
-only itself, and memory is measured in a process that has done nothing else. Our measurements are taken half before and half
-after those of the others, so that a machine that becomes slower or faster in the course of a run does so for all.
+Role: shell. Nothing but one benchmark on one system and what it starts runs at a time; a benchmark that fails or hangs
+costs only itself, and memory is measured in a process that has done nothing else.
 """
 
 from __future__ import annotations
@@ -106,7 +105,7 @@ def child(
         except subprocess.TimeoutExpired:
             stopped = True
         finally:
-            # The child ends, with all that it has started, when the other end of its stdin is closed: also when we are killed.
+            # The child ends, with all that it has started, when the other end of its stdin is closed: also when we die.
             os.close(lifeline)
             if process.returncode is None:
                 out, err = process.communicate()

@@ -1,8 +1,8 @@
 """Where a process spends its processor time: a sampling profiler for the page of benchmarks.
 
-Role: shell, standard library only. The kernel's profiling timer sends SIGPROF for every `INTERVAL_S` of processor time that
-the process uses; the handler notes the main thread's stack. Counts are written to `<folder>/<pid>.json` as they
-come in, because a worker ends without notice.
+Role: shell, standard library only. The kernel's profiling timer sends SIGPROF for every `INTERVAL_S` of processor
+time that the process uses; the handler notes what the main thread is doing. Counts are written to `<folder>/<pid>.json`
+as they come in, because a worker ends without notice. Timers do not survive a fork: each process starts its own.
 
 Rejected: cProfile, which makes short functions look several times as expensive as they are; and a thread that looks at
 `sys._current_frames()`, which sees only where the interpreter lock is given up.
@@ -95,7 +95,7 @@ def _short(where: str) -> str:
     """`package/module.py function` without what comes before the package."""
     path, _, function = where.rpartition(":")
     for mark in ("/site-packages/", "/ftray/", "/lib/python"):
-        before, found, after = path.rpartition(mark)
+        _, found, after = path.rpartition(mark)
         if found:
             kept = after.partition("/")[2] if mark == "/lib/python" else after
             path = f"ftray/{kept}" if mark == "/ftray/" else kept

@@ -85,6 +85,8 @@ class Actors:
     def __init__(self, raylet: Raylet) -> None:
         self.raylet = raylet
         self.hosted: dict[tuple[bytes, int], Hosted] = {}
+        self._lives: dict[bytes, dict[int, Hosted]] = {}
+        """The same by actor and incarnation."""
         self._in_worker: dict[bytes, Hosted] = {}
 
     def in_worker(self, worker_id: bytes) -> Hosted | None:
@@ -101,7 +103,7 @@ class Actors:
             if known.stage is Stage.ALIVE:
                 self._report_alive(known)  # the GCS asks again because it has not heard
             return
-        for other in [each for each in self.hosted.values() if each.actor_id == message.actor_id]:
+        for other in list(self._lives.get(message.actor_id, {}).values()):
             if other.incarnation > message.incarnation:
                 return  # an old request that was under way for long
             self._kill(other, "a later life of the actor begins")
@@ -115,7 +117,7 @@ class Actors:
         except ValueError as error:
             self._environment_failed(actor, str(error))
             return
-        self.hosted[token] = actor  # the GCS may repeat itself, or stop it, meanwhile
+        self._host(actor)  # the GCS may repeat itself, or stop it, meanwhile
 
         def prepared(error: str) -> None:
             if self.hosted.get(token) is not actor:
@@ -136,7 +138,7 @@ class Actors:
             self._forget(actor)
             self._unplaced(actor, str(error))
             return
-        self.hosted[actor.token] = actor
+        self._host(actor)
         self.raylet.leases.settle_soon()
 
     def stop(self, message: StopActor) -> None:
@@ -258,8 +260,16 @@ class Actors:
     def _of_token(self, token: Hashable) -> Hosted | None:
         return self.hosted.get(token) if isinstance(token, tuple) else None
 
+    def _host(self, actor: Hosted) -> None:
+        self.hosted[actor.token] = actor
+        self._lives.setdefault(actor.actor_id, {})[actor.incarnation] = actor
+
     def _forget(self, actor: Hosted, with_lease: bool = True) -> None:
-        self.hosted.pop(actor.token, None)
+        if self.hosted.pop(actor.token, None) is not None:
+            lives = self._lives[actor.actor_id]
+            del lives[actor.incarnation]
+            if not lives:
+                del self._lives[actor.actor_id]
         if actor.environment is not None:
             self.raylet.environments.drop(actor.environment)
             actor.environment = None

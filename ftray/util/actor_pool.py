@@ -1,12 +1,12 @@
 """`ActorPool`: a fixed set of actors, one call at a time for each, and results in order or as they come.
 
-Role: shell on the public interface. Submissions that find no idle actor queue here, in order. Completions are gathered by an
-`Arrivals`; they are acted on (the actor is idle again, or dead; a queued submission starts) inside `get_next` and
-`get_next_unordered`, in the caller's thread, because starting one calls the user's `fn`. So an actor counts as busy until one
-of these two has been called after its call was done, as Ray's users know it.
+Role: shell on the public interface. Submissions that find no idle actor queue here, in order. Completions are gathered
+by an `Arrivals`; they are acted on (the actor is idle again, or dead; a queued submission starts) inside `get_next` and
+`get_next_unordered`, in the caller's thread, because starting one calls the user's `fn`. So an actor counts as busy
+until one of these two has been called after its call was done, as Ray's users know it.
 
-Rules: every submission has a *slot* until its result, or its error, was returned. An actor that has died leaves the pool;
-submissions never go to it again. When no actor is left, what still queues fails with the error of the last death.
+Rules: every submission has a *slot* until its result, or its error, was returned. An actor that has died leaves the
+pool; submissions never go to it again. When no actor is left, what still queues fails with the error of the last death.
 
 Rejected: waiting for the slot that is next (the other actors would idle behind it); starting queued submissions in a
 background thread (`fn` would run in two threads).
@@ -163,8 +163,8 @@ class ActorPool(Generic[V]):
         """The next result in the order of submission; waits for it, at most `timeout` seconds.
 
         Raises the error of the call (ActorDiedError when its actor died), StopIteration when nothing was submitted,
-        GetTimeoutError (a TimeoutError) when time is up: with `ignore_if_timedout` the result is given up, without it the next
-        call waits on. Raises ValueError after `get_next_unordered` has returned a later result, and for a pool
+        GetTimeoutError (a TimeoutError) when time is up: with `ignore_if_timedout` the result is given up, without it
+        the next call waits on. Raises ValueError after `get_next_unordered` has returned a later result, and for a pool
         without actors.
         """
         check_timeout(timeout)

@@ -4,8 +4,9 @@ Role: shell, shared by `completion`, `actor_pool` and `multiprocessing`. An `Arr
 objects as a waiter does, and gathers their ids as they become ready: what it costs does not depend on how many are
 pending. A consumer that finds nothing waits by reading, like any thread that waits in `get`.
 
-Rules: `ready` runs under the core's lock, and only hands over. `close` may run in a finaliser, which may not wait for that
-lock since its own thread may hold it: when the lock is not free at once, what is left hanging is let go by the next entry.
+Rules: `ready` runs under the core's lock, and only hands over. `close` may run in a finaliser, which may not wait for
+that lock since its own thread may hold it: when the lock is not free at once, what is left hanging is let go by the
+next entry.
 
 Rejected: `wait` over all that is pending, again for each result (quadratic); a thread that waits for each object.
 """

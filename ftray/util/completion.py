@@ -1,11 +1,12 @@
 """`as_completed` and `map_unordered`: results in the order in which they are done.
 
-Role: shell on the public interface. Both are iterators that go on after an error: the error of a task is raised where its
-result would have come, and the next `next()` has the next result. Closing one early, or dropping it, lets go of all that it
-held; the tasks run to their end.
+Role: shell on the public interface. Both are iterators that go on after an error: the error of a task is raised where
+its result would have come, and the next `next()` has the next result. Closing one early, or dropping it, lets go of all
+that it held; the tasks run to their end.
 
-Rejected: generators (one that has raised is finished, and so the first failed task would hide the results of all others);
-results in batches of `chunk_size` (it makes the first result wait for others; it is the most that is read at once here).
+Rejected: generators (one that has raised is finished, and so the first failed task would hide the results of all
+others); results in batches of `chunk_size` (it makes the first result wait for others; it is the most that is read at
+once here).
 """
 
 from __future__ import annotations
@@ -40,14 +41,15 @@ def as_completed(
     counted from this call. At most `chunk_size` values that are ready are read from the store at once.
 
     The error of a task is raised by the `next()` whose result it is; the iteration can go on after it. `next()` raises
-    GetTimeoutError when time is up. Raises TypeError for what is not a list of references, ValueError for duplicates and for
-    a `chunk_size` below 1.
+    GetTimeoutError when time is up. Raises TypeError for what is not a list of references, ValueError for duplicates
+    and for a `chunk_size` below 1.
     """
     if isinstance(refs, ObjectRef):
         raise TypeError("ftray.util.as_completed takes a list of references: use as_completed([ref])")
-    if not isinstance(refs, list | tuple) and isinstance(refs, Iterable) and not isinstance(refs, str | bytes):
-        refs = list(refs)
-    checked = check_refs(refs, "util.as_completed")
+    given: Any = refs
+    if isinstance(given, Iterable) and not isinstance(given, list | tuple | str | bytes):
+        given = list(given)
+    checked = check_refs(given, "util.as_completed")
     _at_least_1("chunk_size", chunk_size)
     check_timeout(timeout)
     completions = Completions(chunk_size, yield_obj_refs, timeout)
@@ -72,8 +74,8 @@ def map_unordered(
     `as_completed`, and so is what happens on an error. An error of `items` itself ends the supply: it is raised once,
     and the results of what was submitted still come.
 
-    Raises TypeError when `fn` is no remote function with one result, or `items` cannot be iterated, ValueError for sizes
-    below 1.
+    Raises TypeError when `fn` is no remote function with one result, or `items` cannot be iterated, ValueError for
+    sizes below 1.
     """
     submit = getattr(fn, "remote", None)
     if not callable(submit):

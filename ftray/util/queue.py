@@ -1,15 +1,15 @@
 """`Queue`: a first-in, first-out queue in an actor, for producers and consumers anywhere in the cluster.
 
-Role: shell on the public interface: an asyncio actor that keeps the items and who waits for them, and a handle that can be
-passed to tasks and actors.
+Role: shell on the public interface: an asyncio actor that keeps the items and who waits for them, and a handle that can
+be passed to tasks and actors.
 
 Rules:
 - An item is in one place: in the queue, or in the answer to one `get`. A getter that waits is handed the item directly;
   its timeout runs in the actor, in the same thread, so that it cannot pass each other with an item.
 - Whoever waits costs no thread and holds up nobody: a blocked call is a coroutine.
 - A caller that stops waiting (Ctrl-C, a cancelled coroutine) takes its `get` back (`_QueueActor.give_back`).
-- Answers are plain values, since an exception costs more to carry than the answer: `(item,)` or True when it is done, None for
-  empty or full, False once the queue is shut down.
+- Answers are plain values, since an exception costs more to carry than the answer: `(item,)` or True when it is done,
+  None for empty or full, False once the queue is shut down.
 
 Rejected: `asyncio.Queue` under `asyncio.wait_for` (a cancellation that meets an item loses it on some versions).
 """
@@ -44,9 +44,11 @@ class Queue:
     """A first-in, first-out queue. It lives in an actor, which ends with the last handle or by `shutdown`.
 
     `maxsize` is the most items it holds; 0 (or less) for no bound. `actor_options` are options of its actor
-    (`{"num_cpus": 1}`, `{"name": "jobs"}`). A reference that is put as an item is resolved: its value is what `get` returns.
+    (`{"num_cpus": 1}`, `{"name": "jobs"}`). A reference that is put as an item is resolved: its value is what `get`
+    returns.
 
-    Raises TypeError for wrong arguments. All methods raise ActorDiedError when the actor is dead, or the queue shut down.
+    Raises TypeError for wrong arguments. All methods raise ActorDiedError when the actor is dead, or the queue shut
+    down.
     """
 
     def __init__(self, maxsize: int = 0, actor_options: dict[str, Any] | None = None) -> None:
@@ -102,7 +104,8 @@ class Queue:
     def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:
         """Appends an item; waits for room if `block`, at most `timeout` seconds.
 
-        Raises Full, ValueError for a negative timeout, SerializationError. After an interrupt the item may or may not be in.
+        Raises Full, ValueError for a negative timeout, SerializationError. After an interrupt the item may or may not
+        be in.
         """
         _check(block, timeout)
         ref = self._calls().put.remote(item, timeout if block else 0.0)
@@ -127,7 +130,7 @@ class Queue:
         if room is False:
             raise _shut_down()
         if room is not True:
-            raise Full(f"{len(batch)} items do not fit: the queue holds at most {self.maxsize}, and has room for {room[0]}")
+            raise Full(f"{len(batch)} items do not fit: the queue has room for {room[0]} (maxsize {self.maxsize})")
 
     # --- get ---------------------------------------------------------------------------------------------------------
 
@@ -195,8 +198,8 @@ class Queue:
     def shutdown(self, force: bool = False, grace_period_s: float = GRACE_PERIOD_S) -> None:
         """Ends the actor, and with it the queue and its items; who waits for it gets ActorDiedError.
 
-        Without `force` calls before this one are answered first; after `grace_period_s` seconds it is killed all the same.
-        Doing it again does nothing.
+        Without `force` calls before this one are answered first; after `grace_period_s` seconds it is killed all the
+        same. Doing it again does nothing.
         """
         check_timeout(grace_period_s)
         actor, self.actor = self.actor, None

@@ -42,7 +42,8 @@ class PeerHello(Message, tag=1):
 STREAMING = -1
 """`num_returns` of a generator task: each item comes in a `TaskYield` of its own."""
 DYNAMIC = -2
-"""The same for `num_returns="dynamic"`: item 0 is the list of references to the others, and comes last."""
+"""The same for `num_returns="dynamic"`: return 0 is the list of references to the items, which the owner makes of them
+at the end."""
 
 
 class PushTask(Message, tag=2):
@@ -56,7 +57,8 @@ class PushTask(Message, tag=2):
     deps: tuple[Dependency, ...] = ()
     name: str = ""
     ahead_max: int = 0
-    """For a generator (`num_returns` is STREAMING): items that may wait unread at the owner; 0 is no bound."""
+    """For a generator: items that may wait unread at the owner; 0: they count as read when they arrive, and the bound of
+    the settings holds."""
     max_calls: int = 0
     """The worker ends after this many runs of the function; 0 is no bound."""
 
@@ -110,7 +112,7 @@ class TaskFailed(Message, tag=6):
     """`module.qualname` of the exception's class and its bases, for `retry_exceptions` without unpickling user
     types."""
     cancelled: bool = False
-    """It was cancelled: not retried, whatever the options say."""
+    """It was cancelled: not retried, whatever the options say. No payload."""
     yielded: int = 0
 
 
@@ -198,7 +200,7 @@ class CancelObject(Message, tag=19):
 
 class StreamRead(Message, tag=82):
     """From the owner of a generator task to the worker that runs it: so many items have been read. -1: nobody reads it
-    any more, end it; -2: no bound from now on."""
+    any more, end it; -2: they count as read when they arrive, and the bound of the settings holds from now on."""
 
     task_id: bytes
     attempt: int
@@ -481,13 +483,15 @@ class GcsCommand(Message, tag=61):
 
 
 class GcsRead(Message, tag=62):
-    """Read one record (`key` given) or a whole table. `wait`: answer only when the key exists."""
+    """Read one record (`key` given, or the namespace and name of a live actor) or a whole table (of actors: without
+    their creation specs). `wait`: answer only when the key exists."""
 
     request: int
     table: str
     key: bytes = b""
     all: bool = False
     wait: bool = False
+    named: tuple[str, str] | None = None
 
 
 class GcsWatch(Message, tag=63):

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from ftray.wire.messages import ActorCreation, ActorReady, CreateActor, PushActorTask
-from ftray.worker.actor_modes import ActorMode, TrioMode, make_mode
+from ftray.worker.actor_loops import AsyncioMode, TrioMode
+from ftray.worker.actor_modes import ActorMode, SerialMode, ThreadMode
 from ftray.worker.core import current_task, task_context
 from ftray.worker.failures import remote_traceback
 from ftray.worker.waiting import block
@@ -35,6 +36,15 @@ def become_actor(executor: Executor, message: CreateActor, payload: bytes) -> No
         executor.actor = TrioMode(spec, birth)
     else:
         birth.run(lambda cls, args, kwargs: make_mode(spec, cls, args, kwargs))
+
+
+def make_mode(spec: ActorCreation, cls: type, args: list[Any], kwargs: dict[str, Any]) -> ActorMode:
+    """Constructs the instance and what runs its methods. Raises what the constructor raises."""
+    if spec.asynchronous == "asyncio":
+        return AsyncioMode(spec, cls, args, kwargs)
+    if spec.max_concurrency > 1 or spec.concurrency_groups:
+        return ThreadMode(spec, cls(*args, **kwargs))
+    return SerialMode(spec, cls(*args, **kwargs))
 
 
 class Birth:

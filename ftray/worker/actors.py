@@ -39,8 +39,8 @@ from ftray.wire.handshake import ROLE_TASK
 from ftray.wire.messages import Message, PushActorTask, TaskDone, TaskFailed, TaskReturns, TaskYield, encode
 from ftray.wire.reactor import Link
 from ftray.worker import waiting
-from ftray.worker.call_sites import note_site
 from ftray.worker.actor_creation import ActorCreator
+from ftray.worker.call_sites import note_site
 from ftray.worker.gcs_access import HANDLES
 from ftray.worker.objects import Answer
 from ftray.worker.submit import FLUSH_BYTES, DependencyWaiter

@@ -62,6 +62,7 @@ LOOK_AGAIN_MS = (1.0, 5.0, 50.0, 500.0)
 """When a worker looks again for a call of its actor that is to be cancelled and cannot be found."""
 INDEX_MS = 1_000.0
 """How long what was read for finding queued tasks is kept."""
+DRAIN_MS = 5.0
 KILL_WAIT_S = 2.0
 DIE_TRIES = 50
 DIE_PAUSE_MS = 2.0
@@ -285,6 +286,7 @@ class WorkerCancels:
     def __init__(self, executor: Executor) -> None:
         self.executor = executor
         self._asked: dict[bytes, tuple[CancelTask, bytes]] = {}
+        self._draining = False
 
     def take(self, message: CancelTask, owner: bytes) -> None:
         """An owner has cancelled a task. What arrives together is acted on together, with one look at the queue."""
@@ -328,9 +330,25 @@ class WorkerCancels:
             self._not_pending(task_id, message, owner)
         for task_id, force in parents:  # after it: they would wake it if it waits for them
             core.canceller.cancel_children(task_id, force)
+        self._flush()
+        core.settle()
+
+    def _flush(self) -> None:
+        """Writes what has been answered. The main thread may be busy for long, so that what the sockets do not take at
+        once is written from here too."""
+        reactor = self.executor.reactor
         with reactor.lock:
             reactor.flush_dirty()
-        core.settle()
+            if not any(link.writing for link in reactor.links.values()):
+                return
+            reactor.handle(reactor.poll_events(0, 64))
+        if not self._draining:
+            self._draining = True
+            self.executor.core.reactor.call_later(DRAIN_MS, self._drain)
+
+    def _drain(self) -> None:
+        self._draining = False
+        self._flush()
 
     def _not_pending(self, task_id: bytes, message: CancelTask, owner: bytes) -> None:
         executor = self.executor
@@ -361,8 +379,7 @@ class WorkerCancels:
         def again() -> None:
             if task_id in executor.cancelled:  # not answered meanwhile
                 self._cancel_call(task_id, tries + 1)
-                with executor.reactor.lock:
-                    executor.reactor.flush_dirty()
+                self._flush()
 
         core.reactor.call_later(LOOK_AGAIN_MS[tries], again)
 

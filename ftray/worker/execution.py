@@ -206,7 +206,10 @@ class Executor:
                 self._control(message, payload)
                 continue
             if self.actor is not None:
-                self.actor.dispatch(self, link, message, payload)
+                if self.cancelled and message.task_id in self.cancelled:
+                    self.replies.cancelled(link, message)  # before it came
+                else:
+                    self.actor.dispatch(self, link, message, payload)
             else:
                 self.execute(link, message, payload)
             now = time.perf_counter()

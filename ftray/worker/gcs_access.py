@@ -40,6 +40,14 @@ class GcsAccess:
             Table.KV, kv_key(namespace, key), lambda record: callback(getattr(record, "value", None)), wait
         )
 
+    def actor(self, actor_id: bytes, callback: Callable[[Any], None]) -> None:
+        """The record of an actor, or None."""
+        self.client.read(Table.ACTORS, actor_id, callback)
+
+    def named_actor(self, namespace: str, name: str, callback: Callable[[Any], None]) -> None:
+        """The record of the live actor of that name, or None."""
+        self.client.read_named(namespace, name, callback)
+
     def actors(self, callback: Callable[[list[Any]], None]) -> None:
         """All actor records."""
         self.client.read_all(Table.ACTORS, lambda rows: callback(list(rows.values())))

@@ -154,8 +154,6 @@ class Generators:
                     core.reactor.watch(self.reactor._epoll.fileno(), self._serve_channels)
                 else:
                     core.reactor.unwatch(self.reactor._epoll.fileno())
-            if not on:
-                executor.wake()
 
     def _serve_channels(self) -> None:
         """From whichever thread reads the core's reactor, under its lock."""

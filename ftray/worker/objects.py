@@ -15,6 +15,7 @@ from copy import copy
 from typing import TYPE_CHECKING, Any
 
 from ftray.exceptions import (
+    ForeignRefError,
     FtrayError,
     GetTimeoutError,
     ObjectFreedError,
@@ -326,7 +327,10 @@ class ObjectPlane(StoreClient):
     # --- wait --------------------------------------------------------------------------------------------------------
 
     def wait(self, refs: list[Any], num_returns: int, timeout_s: float | None) -> tuple[list[Any], list[Any]]:
-        """Splits into (ready, not ready) once `num_returns` are ready or time is up."""
+        """Splits into (ready, not ready) once `num_returns` are ready or time is up.
+
+        Raises ForeignRefError for a reference of another session, if it comes across it: they are not all looked at.
+        """
         core = self.core
         entries = core.entries
         waiter: Waiter | None = None
@@ -335,6 +339,8 @@ class ObjectPlane(StoreClient):
             ready_count = 0
             for ref in refs:
                 entry = entries.get(ref._id)
+                if entry is None and ref._core is not core:
+                    raise ForeignRefError(f"{ref!r} belongs to a session that is over or to another cluster")
                 if entry is None or entry.state != PENDING:
                     ready_count += 1
                     if ready_count >= num_returns:
@@ -347,12 +353,13 @@ class ObjectPlane(StoreClient):
                         self.hang(ref._id, entry, waiter)
             core.settle()
         if waiter is not None:
-            self.waits[waiter] = ("wait", [ref._id for ref in refs])
+            hung = [ref._id for ref in refs]
+            self.waits[waiter] = ("wait", hung)
             try:
                 self.block(waiter, timeout_s)
             finally:
                 self.waits.pop(waiter, None)
-                self._unhang([ref._id for ref in refs], waiter)
+                self._unhang(hung, waiter)
         ready: list[Any] = []
         rest: list[Any] = []
         for index, ref in enumerate(refs):

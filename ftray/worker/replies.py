@@ -13,7 +13,7 @@ import time
 from types import AsyncGeneratorType, GeneratorType
 from typing import TYPE_CHECKING, Any
 
-from ftray.exceptions import ActorExit, SerializationError, TaskCancelledError
+from ftray.exceptions import ActorExit, SerializationError
 from ftray.ids import return_id
 from ftray.wire.messages import (
     IN_STORE,
@@ -28,7 +28,7 @@ from ftray.wire.messages import (
     Value,
 )
 from ftray.wire.reactor import Link
-from ftray.worker.failures import error_payload, task_error_payload
+from ftray.worker.failures import task_error_payload
 from ftray.worker.generators import Generators
 from ftray.worker.inheritance import end_child
 from ftray.worker.serialization import serialize
@@ -141,7 +141,7 @@ class Replies:
         exits = self.exits or isinstance(error, SystemExit | ActorExit)
         cancelled = bool(executor.cancelled) and message.task_id in executor.cancelled
         if cancelled:
-            payload = _cancelled_payload(message, name)
+            payload = b""  # its owner knows what to say
         else:
             payload = task_error_payload(error, name, os.getpid(), self.core.node_id.hex())
         mro = tuple(f"{c.__module__}.{c.__qualname__}" for c in type(error).__mro__)
@@ -156,9 +156,7 @@ class Replies:
 
     def cancelled(self, link: Link, message: PushTask | PushActorTask) -> None:
         """Answers for a task or call that was cancelled before it began."""
-        name = message.method if isinstance(message, PushActorTask) else message.name
-        answer = TaskFailed(message.task_id, 0, cancelled=True)
-        self.reply(link, message, answer, _cancelled_payload(message, name), False)
+        self.reply(link, message, TaskFailed(message.task_id, 0, cancelled=True), b"", False)
 
     @staticmethod
     def _no_generator(result: Any, error: SerializationError) -> Exception:
@@ -214,8 +212,3 @@ class Replies:
             with self.reactor.lock:
                 link.send(answer, payload)
                 self.reactor.flush_dirty()
-
-
-def _cancelled_payload(message: PushTask | PushActorTask, name: str) -> bytes:
-    """The payload for a cancelled task. Its owner knows the name better, and says it."""
-    return error_payload(TaskCancelledError(message.task_id.hex(), name))

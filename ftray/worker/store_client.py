@@ -212,7 +212,8 @@ class StoreClient:
                 found[index] = pin or self._view(object_ids[index])
             if lost is not None:
                 self._unview(object_ids, found)
-                core.raylet.send(ReleaseObjects(tuple(files)))
+                if files:
+                    core.raylet.send(ReleaseObjects(tuple(files)))
             core.reactor.flush_dirty()
         if lost is not None:
             raise lost

@@ -19,8 +19,8 @@ tells when something is hung on it costs nothing elsewhere).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ftray.exceptions import FtrayError
 from ftray.ids import return_id
@@ -34,6 +34,7 @@ from ftray.worker.serialization import serialize
 if TYPE_CHECKING:
     from ftray.worker.core import Core
 
+W = TypeVar("W")
 HANDLE_INDEX = 0xFFFF_FFFD
 COMPLETION_INDEX = 0xFFFF_FFFE
 """Returns that no task has: `put` has the one after these, items the ones from 0."""
@@ -329,9 +330,9 @@ class Streams:
             self.tell(record, True)
         return None
 
-    def step(self, record: StreamRecord, waiter: Any) -> tuple[Any, bytes]:
-        """The reference of the next item; or None, and the id of the object that `waiter` hangs on now (empty at the
-        end). Not under the lock."""
+    def step(self, record: StreamRecord, make_waiter: Callable[[], W]) -> tuple[Any, bytes, W | None]:
+        """The reference of the next item; or None, with the id of the object that a waiter hangs on now, and the waiter
+        (neither at the end). Not under the lock."""
         core = self.core
         with core.lock:
             if core.released:
@@ -340,13 +341,14 @@ class Streams:
             if object_id is not None:
                 if core.reactor.dirty:
                     core.settle()
-                return core.peers.make_ref(object_id, core), b""
+                return core.peers.make_ref(object_id, core), b"", None
             head = record.head
             if head is None or head.state != waiting.PENDING:
-                return None, b""
+                return None, b"", None
+            waiter = make_waiter()
             core.objects.hang(record.head_id, head, waiter)
             core.settle()
-            return None, record.head_id
+            return None, record.head_id, waiter
 
     def tell(self, record: StreamRecord, hungry: bool) -> None:
         """Says to the worker what it has to hear, if anything."""

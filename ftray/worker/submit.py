@@ -451,6 +451,8 @@ class Submitter:
 
     def failed(self, task: TaskRecord, message: TaskFailed, payload: bytes | bytearray) -> None:
         """The function raised: again, if that is allowed."""
+        if message.cancelled:
+            task.cancelled = True
         allowed = task.retry_exceptions
         if allowed is not True and allowed:
             allowed = any(name in allowed for name in message.mro)

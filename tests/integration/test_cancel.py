@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 from integration.cancelling import GET_S, Plain, begun, check_cancelled, hold, holding, pid_of_worker
-from integration.harness import is_running, wait_for_file, wait_for_none, wait_until
+from integration.harness import is_running, wait_for_file, wait_for_none, wait_until, worker_entries
 
 import ftray
 from ftray import exceptions
 from ftray.ownership.dispatch import TaskDispatcher
 from ftray.worker.core import get_core
 
-SESSION = {"num_cpus": 2, "resources": {"slot": 1}}
+SESSION = {"num_cpus": 2, "resources": {"slot": 1}, "_system_config": {"infeasible_timeout_ms": 60_000}}
 pytestmark = pytest.mark.usefixtures("session")
 
 def pipelining(function: Any, monkeypatch: pytest.MonkeyPatch) -> TaskDispatcher:
@@ -167,7 +167,7 @@ def test_a_builtin_function_is_interrupted_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("how", ["returns", "returns much", "returns references", "raises", "exits"])
 def test_whatever_it_does_then_it_was_cancelled(how: str, tmp_path: Path) -> None:
-    @ftray.remote(max_retries=5, retry_exceptions=True)
+    @ftray.remote(resources={"slot": 1}, max_retries=5, retry_exceptions=True)
     def stubborn() -> Any:
         try:
             Path(tmp_path, f"begun-{len(os.listdir(tmp_path))}").write_text(str(os.getpid()))
@@ -188,6 +188,8 @@ def test_whatever_it_does_then_it_was_cancelled(how: str, tmp_path: Path) -> Non
     ftray.cancel(ref)
     check_cancelled(ref, "stubborn")
     assert len(os.listdir(tmp_path)) == 1  # it did not run again
+    left = ftray.remote(resources={"slot": 1})(worker_entries)
+    wait_for_none(lambda: ftray.get(left.remote(), timeout=GET_S), what="references in the worker")
 
 
 def test_all_its_returns_and_whoever_waits_for_them(tmp_path: Path) -> None:
@@ -310,6 +312,28 @@ def test_force_kills_the_worker_and_costs_others_nothing(tmp_path: Path, monkeyp
     assert pid not in {other for _, other in results}
     assert [(record.retries_left, record.solo) for record in records] == [(1, False)] * 3
     assert not get_core().canceller.forced
+
+
+def test_a_death_that_was_asked_for_spends_no_retry(tmp_path: Path) -> None:
+    """The task that was to be killed may end just before, and the kill then hit the one after it."""
+
+    @ftray.remote(resources={"slot": 1}, max_retries=1)
+    def twice() -> int:
+        number = len(os.listdir(tmp_path))
+        Path(tmp_path, f"begun-{number}").write_text(str(os.getpid()))
+        if not number:
+            hold()
+        return ftray.get_runtime_context().get_attempt_number()
+
+    ref = twice.remote()
+    pid = begun(tmp_path)
+    core = get_core()
+    with core.lock:
+        lease, task = core.submitter.dispatcher.find_pushed(ref.binary()[:16]) or pytest.fail("it was pushed")
+        core.submitter.dispatcher.end_worker(lease)
+    os.kill(pid, signal.SIGKILL)
+    assert ftray.get(ref, timeout=GET_S) == 1
+    assert task.retries_left == 1
 
 
 def test_force_ends_native_code_that_holds_the_interpreter(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from integration.harness import wait_for_file
 import ftray
 from ftray import exceptions
 
+SESSION = {"num_cpus": 2, "_system_config": {"infeasible_timeout_ms": 60_000}}
 pytestmark = pytest.mark.usefixtures("session")
 
 

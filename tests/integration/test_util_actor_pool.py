@@ -74,16 +74,14 @@ def test_order_and_no_order(tmp_path: Path) -> None:
 def test_other_actors_work_on_behind_a_slow_call(tmp_path: Path) -> None:
     pool = pool_of(2)
     pool.submit(lambda a, v: a.after.remote(tmp_path / "3", v), 0)
+    def touch(actor: Any, value: int) -> Any:
+        (tmp_path / str(value)).touch()
+        return actor.double.remote(value)
+
     for value in (1, 2, 3):
-        pool.submit(lambda a, v: a.after.remote((tmp_path / "go"), v) if v == 1 else _touch(a, tmp_path / str(v), v), value)
-    (tmp_path / "go").touch()
+        pool.submit(touch, value)
     # The first result needs what the fourth submission does, on the other actor.
-    assert [pool.get_next(timeout=20) for _ in range(4)] == [0, 1, 2, 3]
-
-
-def _touch(actor: Any, path: Path, value: int) -> Any:
-    path.touch()
-    return actor.double.remote(value / 2)
+    assert [pool.get_next(timeout=20) for _ in range(4)] == [0, 2, 4, 6]
 
 
 def test_one_actor() -> None:

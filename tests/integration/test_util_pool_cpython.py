@@ -1,7 +1,7 @@
 """CPython's own tests of `multiprocessing.Pool`, run against ours.
 
-They come with the interpreter (`test._test_multiprocessing`), in its own version; without them this module is skipped. What is
-left out is in `EXCLUDED`, each with the reason.
+They come with the interpreter (`test._test_multiprocessing`), in its own version; without them this module is skipped.
+What is left out is in `EXCLUDED`, each with the reason.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ pytestmark = pytest.mark.usefixtures("session")
 
 EXCLUDED = {
     "test_unpickleable_result": "the function returns a lambda, which can be pickled here",
-    "test_pool_worker_lifetime": "looks at the process objects of the standard library (`Pool._pool[i].pid`, `is_alive()`)",
-    "test_worker_finalization_via_atexit_handler_of_multiprocessing": "names `multiprocessing.Pool` in a program of its own",
+    "test_pool_worker_lifetime": "looks at the standard library's process objects (`_pool[i].pid`, `is_alive()`)",
+    "test_worker_finalization_via_atexit_handler_of_multiprocessing": "names the original in a program of its own",
 }
 """Name of a test -> why it is not run."""
 
@@ -60,5 +60,5 @@ TestPoolWorkerLifetime = _adopt(theirs._TestPoolWorkerLifetime)
 
 
 def test_what_is_excluded_exists() -> None:
-    known = {name for base in (theirs._TestPool, theirs._TestPoolWorkerErrors, theirs._TestPoolWorkerLifetime) for name in dir(base)}
-    assert set(EXCLUDED) <= known
+    bases = (theirs._TestPool, theirs._TestPoolWorkerErrors, theirs._TestPoolWorkerLifetime)
+    assert set(EXCLUDED) <= {name for base in bases for name in dir(base)}

@@ -189,3 +189,20 @@ def test_a_dead_actor_gives_up_everything_in_order() -> None:
     assert calls.take() is tasks[0]
     assert [task.task_id for task in calls.take_all()] == [b"0", b"1", b"3"]
     assert calls.idle
+
+
+def test_a_call_that_was_taken_out_stays_out_when_its_arguments_come() -> None:
+    calls = ActorCalls(b"a", "A", b"h")
+    first = call(0)
+    first.deps_left = 2
+    calls.submit(first)
+    calls.submit(call(1))
+    assert calls.take_out(first)
+    first.deps_left -= 1
+    assert not calls.take_out(first)
+    assert [task.task_id for task in calls.queued()] == [b"1"]
+    assert calls.unfinished == 1
+    alive(calls)
+    taken = calls.take()
+    assert taken is not None
+    assert taken.task_id == b"1"

@@ -277,6 +277,18 @@ def test_a_worker_that_is_spared_goes_on() -> None:
     assert setup.pushed() == [(1, b"t2")]
 
 
+def test_a_worker_that_leaves_while_it_is_to_be_ended_gets_nothing_more() -> None:
+    setup = Setup(leases=1)
+    setup.submit()
+    lease = setup.leases[0]
+    setup.pushed()
+    setup.dispatcher.end_worker(lease)
+    setup.dispatcher.leaving(lease, b"t1")
+    setup.dispatcher.spare_worker(lease)
+    setup.submit()
+    assert not setup.pushed()
+
+
 def test_an_ended_worker_that_was_reclaimed_is_returned_when_it_is_spared() -> None:
     setup = Setup(leases=1)
     setup.submit()

@@ -20,9 +20,12 @@ from ftray.wire.handshake import ROLE_CLIENT, ROLE_TOOL
 Connect = Callable[..., Driver]
 
 
+ROOM_WAIT_MS = 300
+
+
 @pytest.fixture
 def node() -> Iterator[NodeProcess]:
-    made = NodeProcess(config={"store_room_wait_ms": 300})
+    made = NodeProcess(config={"store_room_wait_ms": ROOM_WAIT_MS})
     assert made.ready["ok"], made.ready
     yield made
     made.close()
@@ -59,7 +62,7 @@ def test_a_driver_registers_and_learns_the_settings(node: NodeProcess, connect: 
     assert answer.namespace == "mine"
     assert answer.resources == {"CPU": 2.0, "memory": float(1 << 30)}
     assert os.stat(f"/proc/{node.pid}/fd/{answer.arena_fd}").st_size == answer.arena_bytes == 16 << 20
-    assert msgspec.msgpack.decode(driver.config, type=Config) == Config()
+    assert msgspec.msgpack.decode(driver.config, type=Config) == Config(store_room_wait_ms=ROOM_WAIT_MS)
     other = connect()
     assert other.registered.job_id != answer.job_id
     assert other.registered.namespace  # one of its own

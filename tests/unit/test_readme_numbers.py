@@ -28,16 +28,19 @@ def benchmark(name: str, **systems: float) -> dict[str, Any]:
         "unit": "/s",
         "more_is_better": True,
         "limit": 4_000,
-        "systems": {system: {"median": value, "min": 1.0, "max": 2.0} for system, value in systems.items()},
+        "systems": {
+            system: {"median": value, "min": 1.0, "max": 2.0, "ratio": systems.get("ftray", 1.0) / value}
+            for system, value in systems.items()
+        },
     }
 
 
 def test_figures_stand_between_the_marks_and_nothing_else_changes(script: ModuleType) -> None:
     readme = f"before\n{script.BEGIN}\nold\n{script.END}\nafter\n"
-    made = script.with_table(readme, {"benchmarks": [benchmark("a", ftray=5_000.0, pool=1_000.0)]})
+    made = script.with_table(readme, {"benchmarks": [benchmark("a", ftray=5_000.0, pool=1_000.0, ray=500.0)]})
     assert made.startswith(f"before\n{script.BEGIN}\n| |") and made.endswith(f"|\n{script.END}\nafter\n")
-    assert "| title of a | 5,000 /s | 1.00 – 2.00 | ≥ 4,000 | pool 1,000 |\n" in made
-    assert script.with_table(made, {"benchmarks": [benchmark("a", ftray=5_000.0, pool=1_000.0)]}) == made
+    assert "| title of a | 5,000 /s | 1.00 – 2.00 | ≥ 4,000 | pool 1,000 (5.00×), Ray 500 (10×) |\n" in made
+    assert script.with_table(made, {"benchmarks": [benchmark("a", ftray=5_000.0, pool=1_000.0, ray=500.0)]}) == made
 
 
 def test_failed_benchmarks_and_missing_marks_are_errors(script: ModuleType) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from multiprocessing import TimeoutError
 
-from ftray.util.multiprocessing.pool import AsyncResult, Pool
+from ftray.util.multiprocessing.pool import Pool
+from ftray.util.multiprocessing.results import AsyncResult
 
 __all__ = ["AsyncResult", "Pool", "TimeoutError"]

@@ -9,11 +9,11 @@ Role: pure. Events in, effects out (`take_effects`): the engine carries them out
                      leaving ──gone──►
 
 Rules:
-- A batch goes to the worker that is idle longest, and only then: one in flight for each worker. What queues behind a running
-  call could wait for it while another worker idles, and two tasks that wait for each other would never meet.
+- A batch goes to the worker that is idle longest, and only then: one in flight for each worker. What queues behind a
+  running call could wait for it while another worker idles, and two tasks that wait for each other would never meet.
 - A batch whose worker died goes first again, `deaths_max` times; then it fails with the death.
-- A worker that never gets to start is hired again, `starts_failed_max` times in a row. After that, or after an error of the
-  initializer, the crew is *broken*: all batches fail, and no more are taken.
+- A worker that never gets to start is hired again, `starts_failed_max` times in a row. After that, or after an error of
+  the initializer, the crew is *broken*: all batches fail, and no more are taken.
 
 Rejected: batches dealt to workers in turn (a long one holds up those behind it).
 """
@@ -143,7 +143,8 @@ class Crew:
         self._deal()
 
     def take(self, batch: Batch) -> int | None:
-        """Gives a batch to an idle worker at once, without an effect: the caller runs it. None when there is none idle."""
+        """Gives a batch to an idle worker at once, without an effect: the caller runs it. None when there is none
+        idle."""
         if self.broken is not None or self.pending or not self.idle:
             return None
         member = self.members[self.idle.popleft()]

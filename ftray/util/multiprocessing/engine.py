@@ -2,16 +2,16 @@
 
 Role: shell. Two kinds of threads call `process`, which acts on the answers that have arrived:
 
-- a thread that waits for a result (`wait_until`): it reads the answer itself, starts the next batch, and is done, without
-  any handover;
+- a thread that waits for a result (`wait_until`): it reads the answer itself, starts the next batch, and is done,
+  without any handover;
 - the pool's own thread, whenever nobody waits. It also runs the callbacks, one after another.
 
-Rules: `lock` guards the crew and the counters of jobs, and is held neither over calls into the runtime nor over user code. An
-interrupt in `process` or `act` leaves what was not done yet to the next who calls them. Whoever completes a job wakes all who
-wait (`notify`); one of them may be blocked in reading, which the event descriptor ends.
+Rules: `lock` guards the crew and the counters of jobs, and is held neither over calls into the runtime nor over user
+code. An interrupt in `process` or `act` leaves what was not done yet to the next who calls them. Whoever completes a
+job wakes all who wait (`notify`); one of them may be blocked in reading, which the event descriptor ends.
 
-Rejected: the pool's thread for all results (two handovers for each `apply`); starting batches from handlers under the core's
-lock (they are serialised when they start).
+Rejected: the pool's thread for all results (two handovers for each `apply`); starting batches from handlers under the
+core's lock (they are serialised when they start).
 """
 
 from __future__ import annotations
@@ -25,26 +25,32 @@ from collections.abc import Callable
 from multiprocessing.pool import MaybeEncodingError  # type: ignore[attr-defined]
 from queue import SimpleQueue
 from types import BuiltinFunctionType, FunctionType, ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ftray.api.actor import ActorClass, ActorHandle, kill
 from ftray.api.objects import put
 from ftray.exceptions import ActorDiedError, ActorUnavailableError, FtrayError, GetTimeoutError, SerializationError
 from ftray.util.arrivals import Arrivals
-from ftray.util.multiprocessing.crew import Batch, Crew, Effect, Fail, Hire, Kill, Leave, Run
+from ftray.util.multiprocessing.crew import Batch, Crew, Effect, Hire, Kill, Leave, Run
 from ftray.util.multiprocessing.worker import CALL, PICKLED, PoolWorker
 from ftray.worker.core import Core, get_core
 from ftray.worker.refs import ObjectRef
 from ftray.worker.serialization import serialize
 from ftray.worker.waiting import FAILED
 
+if TYPE_CHECKING:
+    from ftray.util.multiprocessing.results import AsyncResult
+
 log = logging.getLogger("ftray.util")
 
 DIRECT_S = 1.0
 """A call that takes longer than this is waited for like others."""
 
+Outcome = tuple[bool, Any]
+"""(True, result) or (False, exception)."""
 Function = tuple[Any, bool | None]
-"""As `PoolWorker.run` takes it: a pickle (or a reference to one in the store) and whether to keep it, or itself and None."""
+"""As `PoolWorker.run` takes it: a pickle (or a reference to one in the store) and whether to keep it, or itself and
+None."""
 
 
 class _Arrivals(Arrivals):
@@ -53,10 +59,12 @@ class _Arrivals(Arrivals):
     def __init__(self, core: Core, inbox: SimpleQueue[Any]) -> None:
         super().__init__(core)
         self._inbox = inbox
+        self.looking: set[object] = set()
+        """Those in `wait_until`: they look at what has arrived before they wait, and when they leave."""
 
     def ready(self, object_id: bytes, entry: Any) -> None:
         super().ready(object_id, entry)
-        if not self.waiters:
+        if not self.looking:
             self._inbox.put(None)
 
 
@@ -129,7 +137,7 @@ class Engine:
                 self.crew.submit(batch)
         self.act()
 
-    def call(self, job: Callable[[], Any], func: Callable[..., Any], items: tuple[Any, Any]) -> tuple[bool, Any]:
+    def call(self, job: Callable[[], AsyncResult], func: Callable[..., Any], items: tuple[Any, Any]) -> Outcome:
         """One call, waited for: the answer. When a worker is idle nothing but the call itself is in the way.
 
         `job()` makes the job that takes over otherwise: no worker is idle, the worker dies, or the call takes long.
@@ -149,7 +157,7 @@ class Engine:
                 return False, _plain(error)
             raise
         try:
-            answer: tuple[bool, Any] = self.core.objects.get((ref,), DIRECT_S)[0]
+            answer: Outcome = self.core.objects.get((ref,), DIRECT_S)[0]
         except BaseException as error:
             if isinstance(error, GetTimeoutError | ActorDiedError | ActorUnavailableError):
                 batch.job = result = job()
@@ -168,11 +176,10 @@ class Engine:
         self._free(number, batch)
         return answer
 
-    def _call_in_turn(self, job: Any, batch: Batch) -> tuple[bool, Any]:
+    def _call_in_turn(self, job: AsyncResult, batch: Batch) -> Outcome:
         batch.job = job
         self.submit([batch])
-        outcome: tuple[bool, Any] = job.outcome()
-        return outcome
+        return job.outcome()
 
     def _free(self, number: int, batch: Batch) -> None:
         with self.lock:
@@ -341,7 +348,7 @@ class Engine:
         self.act()
         self.stop_if_over()
 
-    def _load(self, ref: ObjectRef[Any]) -> tuple[bool, Any]:
+    def _load(self, ref: ObjectRef[Any]) -> Outcome:
         """A worker's answer, or why there is none."""
         try:
             ok, value = self.core.objects.get((ref,), None)[0]
@@ -352,8 +359,12 @@ class Engine:
     # --- waiting -----------------------------------------------------------------------------------------------------
 
     def wait_until(self, there: Callable[[], bool], timeout_s: float | None = None) -> bool:
-        """Waits until `there()`, which another thread may bring about; acts on answers meanwhile. False when time is up."""
+        """Waits until `there()`, which another thread may bring about; acts on answers meanwhile. False when time is
+        up."""
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        arrivals = self._arrivals
+        me = object()
+        arrivals.looking.add(me)
         try:
             while True:
                 self.process()
@@ -362,10 +373,11 @@ class Engine:
                 left = None if deadline is None else deadline - time.monotonic()
                 if left is not None and left <= 0:
                     return False
-                self._arrivals.wait(left, there)
-        except BaseException:
-            self.inbox.put(None)  # an interrupt: what woke this thread is left to the pool's
-            raise
+                arrivals.wait(left, there)
+        finally:
+            arrivals.looking.discard(me)
+            if arrivals.arrived:
+                self.inbox.put(None)
 
     def notify(self) -> None:
         """Something has happened that a waiting thread may wait for."""

@@ -16,7 +16,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
-from multiprocessing.pool import CLOSE, RUN, TERMINATE  # type: ignore[attr-defined]
+from multiprocessing.pool import CLOSE, RUN, TERMINATE
 from typing import Any
 
 from ftray.api.context import cluster_resources
@@ -44,20 +44,21 @@ class PoolTerminatedError(TaskCancelledError):
 
 
 class BrokenPoolError(FtrayError, RuntimeError):
-    """No worker of the pool can start: its initializer raises, or its `ray_remote_args` cannot be met. See the cause."""
+    """No worker of the pool can start: its initializer raises, or its `ray_remote_args` cannot be met. See the
+    cause."""
 
 
 class Pool:
     """A pool of worker processes, as `multiprocessing.Pool`.
 
-    `processes` is their number (default: the CPUs of the cluster). `initializer(*initargs)` runs in each when it starts.
-    `maxtasksperchild` is how many batches a worker does before another takes its place. `context` is accepted and changes
-    nothing. Without a session one is started as by `ftray.init`, at `ray_address` (or `ftray_address`) if it is given.
-    `ray_remote_args` are options of the workers' actors (`{"num_cpus": 1, "resources": {...}}`); without any they reserve no
-    CPU, so that there may be more of them than CPUs.
+    `processes` is their number (default: the CPUs of the cluster). `initializer(*initargs)` runs in each when it
+    starts. `maxtasksperchild` is how many batches a worker does before another takes its place. `context` is accepted
+    and changes nothing. Without a session one is started as by `ftray.init`, at `ray_address` (or `ftray_address`) if
+    it is given. `ray_remote_args` are options of the workers' actors (`{"num_cpus": 1, "resources": {...}}`); without
+    any they reserve no CPU, so that there may be more of them than CPUs.
 
-    Raises ValueError and TypeError for wrong arguments, SerializationError for an initializer that cannot be pickled. An
-    error of the initializer is raised by the results.
+    Raises ValueError and TypeError for wrong arguments, SerializationError for an initializer that cannot be pickled.
+    An error of the initializer is raised by the results.
     """
 
     def __init__(
@@ -200,8 +201,8 @@ class Pool:
     def imap(self, func: Callable[[Any], Any], iterable: Iterable[Any], chunksize: int = 1) -> IMapIterator:
         """`func` of each item, as an iterator in the order of the items.
 
-        Items are taken from `iterable` in a thread of its own, a few for each worker ahead of what is done. An exception that
-        it raises comes in the place of the batch that was being filled, and ends the iteration.
+        Items are taken from `iterable` in a thread of its own, a few for each worker ahead of what is done. An
+        exception that it raises comes in the place of the batch that was being filled, and ends the iteration.
         """
         return self._imap(func, iterable, chunksize, IMapIterator)
 

@@ -2,9 +2,9 @@
 
 Role: shell between the engine, which delivers the outcome of batches from any thread, and the user's threads that wait.
 
-Rules: an outcome is delivered once for each batch; what comes after `abort` is ignored. Callbacks run in the pool's thread,
-before the result counts as ready, and one that raises is logged and hurts nobody. A job holds its pool until it is done, as in
-the standard library: a pool does not end under a result that somebody waits for.
+Rules: an outcome is delivered once for each batch; what comes after `abort` is ignored. Callbacks run in the pool's
+thread, before the result counts as ready, and one that raises is logged and hurts nobody. A job holds its pool until it
+is done, as in the standard library: a pool does not end under a result that somebody waits for.
 """
 
 from __future__ import annotations
@@ -135,7 +135,8 @@ class AsyncResult:
 
 
 class IMapIterator(Iterator[Any]):
-    """The results of `imap` in the order of the items. An exception takes the place of its batch; iteration can go on."""
+    """The results of `imap` in the order of the items. An exception takes the place of its batch; iteration can go
+    on."""
 
     def __init__(self, pool: Any, engine: Engine) -> None:
         self._pool = pool

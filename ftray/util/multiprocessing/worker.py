@@ -1,12 +1,13 @@
 """What runs in a pool's worker: an actor that calls functions, as a process of `multiprocessing.Pool` does.
 
-Role: shell, in the worker. One call of `run` is one batch. An exception of the user's function is an answer like others:
-`(False, exception)`, with the remote traceback as its cause.
+Role: shell, in the worker. One call of `run` is one batch. An exception of the user's function is an answer like
+others: `(False, exception)`, with the remote traceback as its cause.
 
-Functions and classes of the program's `__main__` (and of whatever else cannot be imported) travel by value. Here they share one
-set of globals for each module they come from, for as long as the worker lives, as they would in a forked process: what the
-initializer has set is there for the tasks, and what a task has counted is there for the next. Names that are not yet there are
-taken from what arrives; functions, classes and modules always are, so that a function defined anew takes the place of the old.
+Functions and classes of the program's `__main__` (and of whatever else cannot be imported) travel by value. Here they
+share one set of globals for each module they come from, for as long as the worker lives, as they would in a forked
+process: what the initializer has set is there for the tasks, and what a task has counted is there for the next. Names
+that are not yet there are taken from what arrives; functions, classes and modules always are, so that a function
+defined anew takes the place of the old.
 
 Rejected: a set of globals for each pickle, which is what cloudpickle does: an initializer could then set nothing.
 """
@@ -91,7 +92,8 @@ class PoolWorker:
 def _carried(error: BaseException) -> Any:
     if not isinstance(error, Exception):  # it would end the program that asks for the result
         name = type(error).__name__
-        stand_in = RuntimeError(f"the function raised {name}({', '.join(map(repr, error.args))}) in a worker of the pool")
+        text = f"the function raised {name}({', '.join(map(repr, error.args))}) in a worker of the pool"
+        stand_in = RuntimeError(text)
         return ExceptionWithTraceback(stand_in, error.__traceback__)
     return ExceptionWithTraceback(error, error.__traceback__)
 
