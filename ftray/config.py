@@ -66,7 +66,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     memory_threshold_percent: float = 95.0
     """Over this share of the memory's limit the monitor ends a worker."""
     memory_limit_bytes: int = 0
-    """A limit for the private memory of all workers of a node together; 0 leaves the machine's (or the control group's)."""
+    """A limit for the private memory of all workers of a node together; 0 leaves the machine's or control group's."""
     record_call_sites: int = 0
     """1: remember where each object was made, for `ftray memory` (costs 1 us a call)."""
     task_events_max: int = 10_000

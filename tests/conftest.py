@@ -1,6 +1,6 @@
 """Setup of all tests in this tree: the hypothesis profile, and Ctrl-C as programs know it.
 
-A shell starts its background jobs with SIGINT ignored, which they hand on to what they start: tests of Ctrl-C would hang.
+A shell starts its background jobs with SIGINT ignored, which they hand on to what they start: tests of it would hang.
 """
 
 from __future__ import annotations

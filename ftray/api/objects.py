@@ -79,7 +79,7 @@ def wait(
     # no reference has no id, and one of another session is not known.
     try:
         ids = {ref._id for ref in refs} if type(refs) is list else set()
-        checked = refs.copy() if ids else []
+        checked = list(refs) if ids else []
     except AttributeError:
         ids = set()
     if not ids:

@@ -1,7 +1,7 @@
 """Whether arguments fit a function, found out where it is called, not where it runs.
 
-Role: pure. Most calls have positional arguments only, as many as the function takes: that is two comparisons. Everything
-else is bound as Python would, for its error message.
+Role: pure. Most calls have positional arguments only, as many as the function takes: that is two comparisons. The rest
+is bound as Python would, for its error message.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """The memory monitor: ends a process before the kernel ends one of its own choice.
 
-Role: shell, under the reactor's lock. Every `memory_monitor_period_ms` it reads how much memory is in use, four times as
-often when little is left and a quarter as often when much is; `scheduling/memory.py` says whether that is too much and
+Role: shell, under the reactor's lock. Every `memory_monitor_period_ms` it reads how much memory is in use: four times
+as often when little is left, a quarter as often when much is. `scheduling/memory.py` says whether that is too much, and
 who has to go.
 
-Rules: the owner of what the process runs hears of it first (`WorkerDoomed`) and answers, so that it does not take the end
-for a crash: such work is repeated on a counter of its own (`task_oom_retries`). An owner that does not answer within
+Rules: the owner of what the process runs hears of it first (`WorkerDoomed`) and answers, so that it does not take the
+end for a crash: such work is repeated on a counter of its own (`task_oom_retries`). An owner that does not answer in
 `DOOM_WAIT_MS` is not waited for. While one is being killed no other is chosen.
 
 Rejected: leaving it to the kernel (it kills the largest process of the machine, a driver or the node as likely as a

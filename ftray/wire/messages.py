@@ -57,7 +57,7 @@ class PushTask(Message, tag=2):
     deps: tuple[Dependency, ...] = ()
     name: str = ""
     ahead_max: int = 0
-    """For a generator: items that may wait unread at the owner; 0: they count as read when they arrive, and the bound of
+    """For a generator: items that may wait unread at the owner; 0: they are read when they arrive, and the bound of
     the settings holds."""
     max_calls: int = 0
     """The worker ends after this many runs of the function; 0 is no bound."""

@@ -1,7 +1,7 @@
 """What a driver or worker says of itself when a tool asks: references, threads, what it waits for, what it ran.
 
 Role: shell, under the core's lock, in whichever thread reads the link to the raylet: so a process answers while its
-main thread runs user code. One that holds the interpreter lock in C code cannot answer; of such a worker the raylet gets
+main thread runs user code. One that holds the interpreter lock in C code cannot answer; of such a worker the raylet has
 the stack through the signal that `install_stack_signal` sets up, whose handler needs no interpreter.
 
 Rules: an answer is bounded (`limit`), largest or oldest first, with totals over all; nothing of a value is shown.

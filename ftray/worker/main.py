@@ -61,7 +61,7 @@ def _wrap_streams() -> list[TaskStream]:
 
 
 def _first_to_go() -> None:
-    """Should the kernel run out of memory before the memory monitor acts, it ends a worker, not the node or a driver."""
+    """Should the kernel run out of memory before the memory monitor acts, it ends a worker, not the node or driver."""
     try:
         with open("/proc/self/oom_score_adj", "w") as file:
             file.write(OOM_SCORE)

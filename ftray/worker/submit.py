@@ -238,8 +238,8 @@ class Submitter:
         else:
             header = encode(
                 PushTask(
-                    task.task_id, task.function.function_id, task.num_returns, task.attempt, len(task.args), tuple(deps),
-                    ahead_max=task.ahead_max, max_calls=task.function.max_calls,
+                    task.task_id, task.function.function_id, task.num_returns, task.attempt, len(task.args),
+                    tuple(deps), ahead_max=task.ahead_max, max_calls=task.function.max_calls,
                 )
             )  # fmt: skip
         return PREFIX.pack(len(header), len(payload)) + header + payload

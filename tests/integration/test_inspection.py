@@ -159,7 +159,7 @@ class TestStack:
 
 
 class TestTimeline:
-    def test_tasks_calls_and_ends_are_in_it(self, session: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_tasks_calls_and_ends_are_in(self, session: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         @ftray.remote(max_calls=1)
         def once() -> int:
             return os.getpid()

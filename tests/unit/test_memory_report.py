@@ -7,6 +7,7 @@ from typing import Any
 from ftray.cli.memory_report import build, confirmed
 
 DRIVER, WORKER = "d" * 32, "e" * 32
+PINNERS = {"driver": DRIVER, "worker": WORKER, "gone": "f" * 32}
 
 
 def reference(object_id: str, *, owned: bool = True, state: str = "store", size: int = 100, why: str = "") -> Any:
@@ -24,10 +25,10 @@ def process(worker_id: str, kind: str, *rows: Any, pinned: tuple[str, ...] = ())
     return {"worker_id": worker_id, "pid": pid, "kind": kind, "running": "", "error": "", "answer": said}
 
 
-def stored(object_id: str, *, owner: str = DRIVER, primary: bool = True, size: int = 100, **pins: int) -> dict[str, Any]:
+def stored(object_id: str, *, owner: str = DRIVER, primary: bool = True, size: int = 100, **pins: int) -> Any:
     return {
         "object_id": object_id, "size": size, "state": pins.pop("state", "sealed"), "owner": owner, "creator": owner,
-        "primary": primary, "pins": {{"driver": DRIVER, "worker": WORKER, "gone": "f" * 32}[k]: v for k, v in pins.items()},
+        "primary": primary, "pins": {PINNERS[name]: count for name, count in pins.items()},
     }  # fmt: skip
 
 

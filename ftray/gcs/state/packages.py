@@ -7,7 +7,7 @@ so one that it finds stays.
 
 Rule: a job whose detached actors live on keeps its packages, for their restarts on other nodes.
 
-Rejected: a count in the manifest (a job that repeats itself would count twice); an end by age (a program may run longer).
+Rejected: a count in the manifest (a job that repeats itself would count twice); an end by age (programs run longer).
 """
 
 from __future__ import annotations
