@@ -451,6 +451,12 @@ class SerializationError(FtrayError, TypeError):
 # --- life cycle and connections -------------------------------------------------------------------------------------
 
 
+class ReentrantCallError(FtrayError, RuntimeError):
+    """A finaliser (`__del__`) or signal handler called ftray while it had interrupted ftray itself. Hand the call to a
+    thread, or set a flag and call later.
+    """
+
+
 class InternalError(FtrayError):
     """Something happened that must not: a bug in ftray. Please report it with this message."""
 

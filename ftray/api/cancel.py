@@ -35,6 +35,7 @@ def cancel(ref: ObjectRef[Any] | ObjectRefGenerator[Any], *, force: bool = False
             raise TypeError(f"{name} must be a bool, not {value!r}")
     checked: Any = ref._generator_ref if isinstance(ref, ObjectRefGenerator) else ref
     check_current(checked)
+    core.check_entry()
     with core.lock:
         core.drain()
         try:

@@ -248,11 +248,14 @@ class Actors:
         if actor is None:
             return
         self._forget(actor)
-        left = client.goodbye is not None and not actor.stopping
+        code = client.exit_code
+        left = client.goodbye is not None and not actor.stopping and not code
         wait_ms = GONE_WAIT_MS if actor.stopping else CAUSE_WAIT_MS
 
         def known(record: DeathCauseRecord | None) -> None:
             cause = with_what(record or DeathCauseRecord(self.raylet.node_id.hex(), client.pid), actor.class_name)
+            if code and cause.exit_code is None and cause.signal is None:
+                cause = msgspec.structs.replace(cause, exit_code=code)
             self._report_died(actor.actor_id, actor.incarnation, cause, may_restart=not left)
 
         self.raylet.deaths.ask(client.worker_id, wait_ms, known)

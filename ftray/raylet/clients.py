@@ -40,8 +40,8 @@ class Client:
     """A driver or worker with a link to this raylet. `worker_id` is its name everywhere."""
 
     __slots__ = (
-        "class_names", "driver", "endpoint", "entrypoint", "environment", "environments", "goodbye", "gone", "job_id",
-        "lease_id", "link", "log_to_driver", "not_retriable", "pid", "running", "since_ms", "worker_id",
+        "class_names", "driver", "endpoint", "entrypoint", "environment", "environments", "exit_code", "goodbye",
+        "gone", "job_id", "lease_id", "link", "log_to_driver", "not_retriable", "pid", "running", "since_ms", "worker_id",
     )  # fmt: skip
 
     def __init__(self, link: Link, hello: RegisterClient) -> None:
@@ -54,6 +54,8 @@ class Client:
         self.log_to_driver = hello.log_to_driver
         self.job_id = b""
         self.goodbye: str | None = None
+        self.exit_code = 0
+        """That which it has said goodbye with."""
         """Why it leaves, if it has said so."""
         self.gone = False
         self.lease_id = 0

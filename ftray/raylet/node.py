@@ -77,7 +77,7 @@ class Node:
             raise SpecError(str(error)) from None
         resources = resources_of(spec)
         store_bytes = store_bytes_of(spec)
-        root = spec.session_root or session.default_root()
+        root = spec.session_root or environ.get("FTRAY_SESSION_ROOT") or session.default_root()
         session.clean_dead_sessions(root)
         self.session_dir = session.create_session(root)
         self._parts.append(lambda: session.clean_session(self.session_dir))

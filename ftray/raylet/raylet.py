@@ -240,6 +240,7 @@ class Raylet:
         self.processes.kill(message.worker_id, message.reason or "its owner wanted it killed")
 
     def _unregister(self, client: Client, message: m.Unregister) -> None:
+        client.exit_code = message.code
         client.goodbye = message.reason or ("its program ended" if client.driver else "it left")
         if not client.driver:
             self.leases.pool.retire(client.worker_id)

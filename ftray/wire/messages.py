@@ -311,9 +311,11 @@ class KillWorker(Message, tag=34):
 
 
 class Unregister(Message, tag=35):
-    """A driver or worker says goodbye; what follows is a clean exit, not a death. `reason` for the record."""
+    """A driver or worker says goodbye; what follows is a clean exit, not a death. `reason` for the record. With a `code`
+    that is not 0 it is a death all the same, which is known before the process has ended."""
 
     reason: str = ""
+    code: int = 0
 
 
 class ClientAnswer(Message, tag=36):

@@ -182,7 +182,7 @@ class Reactor:
         self.token = token
         self.cluster_id = cluster_id
         self.name = name
-        self.lock = lock if lock is not None else threading.Lock()
+        self.lock = lock if lock is not None else threading.RLock()
         self.reader = threading.Lock()
         self.links: dict[int, Link] = {}
         self.dirty: list[Link] = []

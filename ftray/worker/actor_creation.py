@@ -74,6 +74,7 @@ class ActorCreator:
         """
         core = self.core
         actor_id = creation.task_id
+        core.check_entry()
         answer = Answer()
         with core.lock:
             core.drain()

@@ -123,9 +123,8 @@ class _AsyncMode(BaseMode):
         core = executor.core
 
         def late() -> None:
-            if not executor.exit_code:
-                core.raylet.send(Unregister(executor.exiting))
-                core.settle()
+            core.raylet.send(Unregister(executor.exiting, executor.exit_code))
+            core.settle()
             os._exit(executor.exit_code)
 
         with core.lock:

@@ -117,6 +117,7 @@ class ActorClient:
         Raises GcsUnavailableError.
         """
         core = self.core
+        core.check_entry()
         answer = Answer()
         with core.lock:
             core.drain()
@@ -139,6 +140,8 @@ class ActorClient:
     def submit(self, calls: ActorCalls, task: TaskRecord, payload: bytes) -> None:
         """Sends a call on its way, in order. Not under the lock. Raises PendingCallsLimitExceeded."""
         core = self.core
+        if core.inside():
+            core.check_entry()
         task_id = task.task_id
         task.actor = calls
         if not task.deps:

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from ftray.config import Config
-from ftray.exceptions import LocalRayletDiedError, NotInitializedError
+from ftray.exceptions import LocalRayletDiedError, NotInitializedError, ReentrantCallError
 from ftray.ids import children_prefix
 from ftray.ownership.references import (
     AckReturns,
@@ -118,7 +118,11 @@ class Core:
         self.worker_id = worker_id
         self.endpoint = endpoint
         self.is_driver = is_driver
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()
+        """Never taken twice by one thread: it knows its owner so that `inside` can tell."""
+        self.inside: Callable[[], bool] = self.lock._is_owned  # type: ignore[attr-defined]
+        """Whether this thread is in the runtime's tables already: a finaliser or signal handler of user code has
+        interrupted it there. Every call of the public interface asks, since it would wait for itself for ever."""
         self.reactor = Reactor(config, token, cluster_id, self.lock, "driver" if is_driver else "worker")
         self.table = ReferenceTable(worker_id)
         self.entries = self.table.entries
@@ -256,6 +260,11 @@ class Core:
         self.callbacks.shutdown(wait=False, cancel_futures=True)
         with self.lock:
             self.reactor.close()
+
+    def check_entry(self) -> None:
+        """Raises ReentrantCallError when the caller has interrupted the runtime in this thread."""
+        if self.inside():
+            raise ReentrantCallError("ftray was called from a finaliser or signal handler that had interrupted ftray")
 
     def check_open(self) -> None:
         """Raises LocalRayletDiedError when the session has ended under the caller."""

@@ -140,6 +140,8 @@ class Executor:
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.reactor.watch(self._wake_fd, self._woken)
         self.greeting = ChannelGreeting(self)
+        in_tables, in_channels = core.inside, self.reactor.lock._is_owned  # type: ignore[attr-defined]
+        core.inside = lambda: in_tables() or in_channels()
 
     # --- waking the main thread --------------------------------------------------------------------------------------
 
@@ -483,8 +485,7 @@ class Executor:
         with core.lock:
             core.closed = True
             core.raylet.say_events()
-            if not self.exit_code:
-                core.raylet.send(Unregister(self.exiting))
+            core.raylet.send(Unregister(self.exiting, self.exit_code))
             core.settle()
         try:
             atexit._run_exitfuncs()

@@ -40,6 +40,10 @@ from ftray.worker.waiting import Callback, Waiter, block
 
 log = logging.getLogger("ftray.worker")
 
+READ_PATIENCE_S = 1.0
+"""What is ready in the store may take so long to be read, whatever the caller's timeout: the node is asked for it, and it
+may have to come back from disk. With less, `get(..., timeout=0)` would fail for what `wait` calls ready."""
+
 if TYPE_CHECKING:
     from ftray.worker.core import Core
 
@@ -148,6 +152,8 @@ class ObjectPlane(StoreClient):
         Raises ObjectStoreFullError when it does not fit, OutOfDiskError when that is because the disk is full.
         """
         core = self.core
+        if core.inside():
+            core.check_entry()
         context = core.context()
         object_id = context.prefix + context.counter().to_bytes(4, "little") + PUT_INDEX
         inner = [ref.binary() for ref in serialized.refs]
@@ -180,6 +186,8 @@ class ObjectPlane(StoreClient):
     def wait_ready(self, refs: Sequence[Any], timeout_s: float | None) -> None:
         """Blocks until all are ready. Raises GetTimeoutError naming what is missing."""
         core = self.core
+        if core.inside():
+            core.check_entry()
         entries = core.entries
         waiter: Waiter | None = None
         missing = 0
@@ -301,7 +309,7 @@ class ObjectPlane(StoreClient):
             else:
                 raise self.error_of(entry)
         if stored:
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            left = None if deadline is None else max(READ_PATIENCE_S, deadline - time.monotonic())
             for index, value in zip(stored, self.load_stored([refs[i]._id for i in stored], left), strict=True):
                 values[index] = value
         return values
@@ -332,6 +340,7 @@ class ObjectPlane(StoreClient):
         Raises ForeignRefError for a reference of another session, if it comes across it: they are not all looked at.
         """
         core = self.core
+        core.check_entry()
         entries = core.entries
         waiter: Waiter | None = None
         with core.lock:
@@ -376,6 +385,7 @@ class ObjectPlane(StoreClient):
     def when_ready(self, object_id: bytes, fn: Callable[[], None]) -> None:
         """Calls `fn` (under the lock: it must only hand over) when the object is ready; at once if it is."""
         core = self.core
+        core.check_entry()
         with core.lock:
             core.drain()
             entry = core.entries.get(object_id)

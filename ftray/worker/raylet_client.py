@@ -86,6 +86,7 @@ class RayletClient:
         Raises LocalRayletDiedError when the raylet goes, GetTimeoutError after `timeout_s`.
         """
         core = self.core
+        core.check_entry()
         answer = Answer()
         with core.lock:
             if core.closed:
@@ -100,12 +101,14 @@ class RayletClient:
         try:
             if not block(core.reactor, answer.waiter, timeout_s):
                 raise GetTimeoutError(f"this node's store did not answer within {timeout_s} s")
-        finally:
+        except BaseException:
+            # Out of time or interrupted: what is granted later must be given back, or what was granted just now.
             with core.lock:
-                self._requests.pop(request, None)
-                if answer.message is None and answer.error is None:
-                    # Interrupted: what is granted later must be given back.
+                if answer.message is not None:
+                    self._give_back(asked, answer.message)
+                elif answer.error is None:
                     self._requests[request] = lambda message, payload: self._give_back(asked, message)
+            raise
         if answer.error is not None:
             raise answer.error
         return answer.message

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ftray.exceptions import ObjectLostError, ObjectStoreFullError, OutOfDiskError
+from ftray.exceptions import GetTimeoutError, ObjectLostError, ObjectStoreFullError, OutOfDiskError
 from ftray.store.spill_io import SpillDamagedError, read_file
 from ftray.wire.messages import (
     AbortObject,
@@ -192,9 +192,14 @@ class StoreClient:
             return found, files
         try:
             answer: ObjectsPinned = core.raylet.ask(lambda request: PinObjects(request, wanted), timeout_s)
-        except BaseException:
+        except BaseException as error:
             with core.lock:
                 self._unview(object_ids, found)
+            if isinstance(error, GetTimeoutError):
+                raise GetTimeoutError(
+                    f"{len(wanted)} of the objects are ready, but could not be read within {timeout_s:.3g} s: they have "
+                    "to come back from disk, or this node is overloaded. `ftray memory` shows what its store does"
+                ) from None
             raise
         with core.lock:
             lost: ObjectLostError | None = None

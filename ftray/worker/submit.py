@@ -102,6 +102,7 @@ class Submitter:
     def export(self, function: FunctionInfo, data: bytes) -> None:
         """Stores a function or class in the GCS, once. Not under the lock. Raises ValueError when it is too large."""
         core = self.core
+        core.check_entry()
         if len(data) > core.config.value_bytes_max:
             raise ValueError(
                 f"{function.name} is {len(data):,} bytes when serialised, over the limit of "
@@ -119,6 +120,8 @@ class Submitter:
     def submit(self, task: TaskRecord, payload: bytes) -> None:
         """Enters the returns (one local reference each) and sends the task on its way. Not under the lock."""
         core = self.core
+        if core.inside():
+            core.check_entry()
         entries = core.entries
         task_id = task.task_id
         if not task.deps:

@@ -8,6 +8,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -443,6 +444,11 @@ def test_auto_without_a_cluster_says_how_to_start_one(monkeypatch: pytest.Monkey
     with pytest.raises(exceptions.ClusterNotFoundError):
         ftray.init()
     assert not ftray.is_initialized()
+    with tempfile.TemporaryDirectory(prefix="ftray-", dir="/tmp") as root:  # paths of sockets are short
+        monkeypatch.setenv("FTRAY_SESSION_ROOT", root)
+        with ftray.init(address="local", num_cpus=1) as session:
+            assert os.path.dirname(session.session_dir) == root, "its folder is where the commands look for it"
+    monkeypatch.delenv("FTRAY_SESSION_ROOT")
     ftray.init(address="local", num_cpus=1)
     assert ftray.get(add_remote().remote(1, 2)) == 3
 

@@ -1,4 +1,4 @@
-"""Who of a pool's workers does what: batches in order of submission, one at a time for each worker.
+"""Who of a pool's workers does what: batches in order of submission, and short ones a little ahead.
 
 Role: pure. Events in, effects out (`take_effects`): the engine carries them out and reports what came of them.
 
@@ -9,13 +9,17 @@ Role: pure. Events in, effects out (`take_effects`): the engine carries them out
                      leaving ──gone──►
 
 Rules:
-- A batch goes to the worker that is idle longest, and only then: one in flight for each worker. What queues behind a
-  running call could wait for it while another worker idles, and two tasks that wait for each other would never meet.
-- A batch whose worker died goes first again, `deaths_max` times; then it fails with the death.
-- A worker that never gets to start is hired again, `starts_failed_max` times in a row. After that, or after an error of
+- A batch goes to the worker that is idle longest. When none is, and its function is known to be short, it goes *ahead*:
+  behind what a worker has already, up to `AHEAD_US` of expected work. A worker that finds itself with a long one hands
+  back what queues behind it (`handed_back`), so that two tasks that wait for each other still meet.
+- When a worker dies, the oldest of its batches is taken for the one that it ran: that one has a death more, and fails
+  with it after `DEATHS_MAX`. All of its batches go first again, and run alone from then on (`solo`), so that a killer
+  convicts itself.
+- A worker that never gets to start is hired again, `STARTS_FAILED_MAX` times in a row. After that, or after an error of
   the initializer, the crew is *broken*: all batches fail, and no more are taken.
 
-Rejected: batches dealt to workers in turn (a long one holds up those behind it).
+Rejected: batches dealt to workers in turn (a long one holds up those behind it); one in flight for each worker whatever
+it takes (each short call then costs a round trip: a third of the calls per second).
 """
 
 from __future__ import annotations
@@ -26,22 +30,49 @@ from typing import Any
 
 DEATHS_MAX = 3
 STARTS_FAILED_MAX = 3
+AHEAD_US = 2_000.0
+"""How much expected work a worker may have, in microseconds, for another batch to be sent ahead."""
+AHEAD_MAX = 64
+"""How many batches it may have."""
 
-HIRED, IDLE, BUSY, LEAVING = "hired", "idle", "busy", "leaving"
+HIRED, IDLE, BUSY, LEAVING, DEAD = "hired", "idle", "busy", "leaving", "dead"
+
+
+class Function:
+    """What batches run, as it travels, and how long one call takes as far as is known.
+
+    `data` is a pickle (or a reference to one in the store), and `keep` whether workers keep it unpickled for the next
+    batch; or `data` is the function itself, and `keep` None.
+    """
+
+    __slots__ = ("__weakref__", "data", "item_us", "keep")
+
+    def __init__(self, data: Any, keep: bool | None) -> None:
+        self.data = data
+        self.keep = keep
+        self.item_us = 0.0
+        """Microseconds for one item, decaying; 0 for not known."""
 
 
 class Batch:
-    """Calls that go to a worker together. `job` and what it runs are opaque here."""
+    """Calls that go to a worker together. `job` and `items` are opaque here; `size` is how many items there are."""
 
-    __slots__ = ("deaths", "function", "index", "items", "job", "kind")
+    __slots__ = ("deaths", "expected_us", "function", "index", "items", "job", "kind", "number", "size", "solo")
 
-    def __init__(self, job: Any, index: int, kind: int, function: Any, items: Any) -> None:
+    def __init__(self, job: Any, index: int, kind: int, function: Function, items: Any, size: int = 1) -> None:
         self.job = job
         self.index = index
         self.kind = kind
         self.function = function
         self.items = items
+        self.size = size
+        self.number = 0
+        """In the order of submission."""
         self.deaths = 0
+        self.solo = False
+        """Nothing may queue behind it, and it behind nothing."""
+        self.expected_us = 0.0
+        """Said when it was sent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,14 +116,21 @@ Effect = Hire | Run | Leave | Kill | Fail
 
 
 class Member:
-    __slots__ = ("batch", "number", "ran", "state")
+    __slots__ = ("batches", "load_us", "number", "ran", "roomy", "slow", "state")
 
     def __init__(self, number: int) -> None:
         self.number = number
         self.state = HIRED
-        self.batch: Batch | None = None
+        self.batches: dict[int, Batch] = {}
+        """Sent and not answered, by number, oldest first."""
+        self.load_us = 0.0
+        """What they are expected to take; infinite when that is not known, or nothing may go behind."""
         self.ran = 0
         """Batches that it has done."""
+        self.slow = False
+        """It has handed back: what it runs is long."""
+        self.roomy = False
+        """Among those that take batches ahead."""
 
 
 class Crew:
@@ -103,6 +141,8 @@ class Crew:
         self.batches_max = batches_max
         self.members: dict[int, Member] = {}
         self.idle: deque[int] = deque()
+        self.roomy: deque[Member] = deque()
+        """Busy, and not known to be full."""
         self.pending: deque[Batch] = deque()
         self.feeds = 0
         """Sources that will submit more, also after `close`."""
@@ -111,6 +151,7 @@ class Crew:
         self._effects: list[Effect] = []
         self._hired = 0
         self._starts_failed = 0
+        self._submitted = 0
         for _ in range(size):
             self._hire()
 
@@ -139,6 +180,8 @@ class Crew:
         if self.broken is not None:
             self._effects.append(Fail(batch, self.broken))
             return
+        self._submitted += 1
+        batch.number = self._submitted
         self.pending.append(batch)
         self._deal()
 
@@ -148,35 +191,113 @@ class Crew:
         if self.broken is not None or self.pending or not self.idle:
             return None
         member = self.members[self.idle.popleft()]
-        member.state = BUSY
-        member.batch = batch
+        self._submitted += 1
+        batch.number = self._submitted
+        batch.solo = True
+        self._give(member, batch)
         return member.number
 
+    def _give(self, member: Member, batch: Batch) -> None:
+        expected = batch.function.item_us * batch.size
+        batch.expected_us = float("inf") if batch.solo or not expected else expected
+        member.state = BUSY
+        member.batches[batch.number] = batch
+        member.load_us += batch.expected_us
+        if not member.roomy and member.load_us < AHEAD_US:
+            member.roomy = True
+            self.roomy.append(member)
+
     def _deal(self) -> None:
-        while self.pending and self.idle:
+        pending = self.pending
+        while pending and self.idle:
             member = self.members[self.idle.popleft()]
-            member.state = BUSY
-            member.batch = self.pending.popleft()
-            self._effects.append(Run(member.number, member.batch))
+            batch = pending.popleft()
+            self._give(member, batch)
+            self._effects.append(Run(member.number, batch))
+        while pending and self.roomy:
+            batch = pending[0]
+            expected = batch.function.item_us * batch.size
+            if batch.solo or not expected or expected > AHEAD_US:
+                break  # it waits for an idle worker, and those after it for their turn
+            member = self.roomy.popleft()
+            member.roomy = False
+            if self._has_room(member):
+                pending.popleft()
+                self._give(member, batch)
+                self._effects.append(Run(member.number, batch))
         if self.closed and not self.pending and not self.feeds:
             while self.idle:
                 self._leave(self.members[self.idle.popleft()])
 
     def finished(self, number: int, batch: Batch) -> None:
         """A worker has done this batch, whatever came of it. May be said again."""
-        member = self.members.get(number)
-        if member is None or member.batch is not batch:
+        member = self._taken_from(number, batch)
+        if member is None:
             return
-        member.batch = None
         member.ran += 1
+        member.slow = False
         if self.batches_max is not None and member.ran >= self.batches_max:
             self._leave(member)
             self._hire_if_needed()
         else:
-            member.state = IDLE
-            self.idle.append(number)
+            self._rested(member)
         if self.pending or self.closed:
             self._deal()
+
+    def _has_room(self, member: Member) -> bool:
+        count = len(member.batches)
+        return (
+            member.state == BUSY and not member.slow and member.load_us < AHEAD_US and count < AHEAD_MAX
+            and (self.batches_max is None or member.ran + count < self.batches_max)
+        )  # fmt: skip
+
+    def _taken_from(self, number: int, batch: Batch) -> Member | None:
+        """Takes a batch from a member; None when it has it not (any more)."""
+        member = self.members.get(number)
+        if member is None or member.batches.get(batch.number) is not batch:
+            return None
+        del member.batches[batch.number]
+        member.load_us = sum(each.expected_us for each in member.batches.values()) if member.batches else 0.0
+        return member
+
+    def _rested(self, member: Member) -> None:
+        """It has one batch less."""
+        if not member.batches:
+            member.state = IDLE
+            self.idle.append(member.number)
+        elif not member.roomy and self._has_room(member):
+            member.roomy = True
+            self.roomy.append(member)
+
+    def measured(self, batch: Batch, took_us: float) -> None:
+        """How long a batch has run."""
+        function = batch.function
+        item_us = max(took_us / max(batch.size, 1), 1.0)
+        known = function.item_us
+        # What has become longer is believed at once: it is what others would wait for.
+        function.item_us = item_us if not known or item_us > 4 * known else known + (item_us - known) / 8
+
+    def handed_back(self, number: int, batch: Batch) -> None:
+        """A worker has not begun a batch, since the one before it is long."""
+        member = self._taken_from(number, batch)
+        if member is None:
+            return
+        member.slow = True
+        for running in member.batches.values():
+            running.function.item_us = max(running.function.item_us, AHEAD_US)
+            break  # the oldest is the one that runs
+        self._again(batch)
+        self._rested(member)
+        self._deal()
+
+    def _again(self, batch: Batch) -> None:
+        """Back to the pending, in the order of submission: nearly always at the front."""
+        pending = self.pending
+        before: list[Batch] = []
+        while pending and pending[0].number < batch.number:
+            before.append(pending.popleft())
+        pending.appendleft(batch)
+        pending.extendleft(reversed(before))
 
     # --- workers -----------------------------------------------------------------------------------------------------
 
@@ -218,14 +339,17 @@ class Crew:
             if self._starts_failed > STARTS_FAILED_MAX:
                 self.broke(error)
                 return
-        if member.batch is not None:
-            batch = member.batch
-            batch.deaths += 1
+        for index, batch in enumerate(member.batches.values()):
+            batch.solo = True
+            if not index:
+                batch.deaths += 1
             if batch.deaths > DEATHS_MAX:
                 self._effects.append(Fail(batch, error))
             else:
-                self.pending.appendleft(batch)
+                self._again(batch)
+        member.batches = {}
         if member.state != LEAVING:
+            member.state = DEAD  # it may be among the roomy still
             self._hire_if_needed()
         self._deal()
 
@@ -265,9 +389,9 @@ class Crew:
         for member in self.members.values():
             if member.number not in hires:
                 self._effects.append(Kill(member.number))
-            if member.batch is not None:
-                self._effects.append(Fail(member.batch, error))
+            self._effects.extend(Fail(batch, error) for batch in member.batches.values())
         self._effects.extend(Fail(batch, error) for batch in self.pending)
         self.members.clear()
         self.idle.clear()
+        self.roomy.clear()
         self.pending.clear()

@@ -31,8 +31,8 @@ from ftray.api.actor import ActorClass, ActorHandle, kill
 from ftray.api.objects import put
 from ftray.exceptions import ActorDiedError, ActorUnavailableError, FtrayError, GetTimeoutError, SerializationError
 from ftray.util.arrivals import Arrivals
-from ftray.util.multiprocessing.crew import Batch, Crew, Effect, Hire, Kill, Leave, Run
-from ftray.util.multiprocessing.worker import CALL, PICKLED, PoolWorker
+from ftray.util.multiprocessing.crew import Batch, Crew, Effect, Function, Hire, Kill, Leave, Run
+from ftray.util.multiprocessing.worker import CALL, HANDED_BACK_PICKLED, PICKLED, Answer, PoolWorker
 from ftray.worker.core import Core, get_core
 from ftray.worker.refs import ObjectRef
 from ftray.worker.serialization import serialize
@@ -48,9 +48,6 @@ DIRECT_S = 1.0
 
 Outcome = tuple[bool, Any]
 """(True, result) or (False, exception)."""
-Function = tuple[Any, bool | None]
-"""As `PoolWorker.run` takes it: a pickle (or a reference to one in the store) and whether to keep it, or itself and
-None."""
 
 
 class _Arrivals(Arrivals):
@@ -123,9 +120,9 @@ class Engine:
         if packed is None:
             pickled = serialize(function, f"function {getattr(function, '__qualname__', function)}")
             if pickled.refs:
-                return function, None  # as an argument, so that whoever holds the references is known
+                return Function(function, None)  # as an argument, so that whoever holds the references is known
             data: Any = pickled.to_bytes()
-            packed = (put(data) if len(data) > self.core.config.inline_bytes_max else data, plain)
+            packed = Function(put(data) if len(data) > self.core.config.inline_bytes_max else data, plain)
             if plain:
                 self._functions[function] = packed
         return packed
@@ -150,14 +147,14 @@ class Engine:
         if number is None or handle is None:
             return self._call_in_turn(job(), batch)
         try:
-            ref = handle.run.remote(CALL, *function, items)
+            ref = handle.run.remote(CALL, function.data, function.keep, items)
         except BaseException as error:
             self._free(number, batch)
             if isinstance(error, Exception):
                 return False, _plain(error)
             raise
         try:
-            answer: Outcome = self.core.objects.get((ref,), DIRECT_S)[0]
+            ok, value, took_us = self.core.objects.get((ref,), DIRECT_S)[0]
         except BaseException as error:
             if isinstance(error, GetTimeoutError | ActorDiedError | ActorUnavailableError):
                 batch.job = result = job()
@@ -169,12 +166,14 @@ class Engine:
                 self._track(Run(number, batch), ref)
                 return result.outcome()
             if isinstance(error, Exception):
-                answer = False, _unread(error)
+                ok, value, took_us = False, _unread(error), 0.0
             else:  # an interrupt: the call goes on, and nobody wants its result
                 self._track(Run(number, batch), ref)
                 raise
         self._free(number, batch)
-        return answer
+        if took_us:
+            self.crew.measured(batch, took_us)
+        return ok, value
 
     def _call_in_turn(self, job: AsyncResult, batch: Batch) -> Outcome:
         batch.job = job
@@ -275,7 +274,7 @@ class Engine:
             return  # terminated: the batch has failed with the others
         try:
             kind, items = self._pack(batch)
-            self._ask(effect, handle.run.remote, kind, *batch.function, items)
+            self._ask(effect, handle.run.remote, kind, batch.function.data, batch.function.keep, items)
         except Exception as error:  # the items cannot be pickled
             with self.lock:
                 self.crew.finished(effect.number, batch)
@@ -317,17 +316,25 @@ class Engine:
         death: Any = entry.value if entry is not None and entry.state == FAILED else None
         if not isinstance(death, ActorDiedError | ActorUnavailableError):
             death = None
+        if isinstance(effect, Run) and entry is not None and entry.value == HANDED_BACK_PICKLED:
+            self._calls.pop(object_id, None)
+            with self.lock:
+                self.crew.handed_back(effect.number, effect.batch)
+            self.act()
+            return
         if isinstance(effect, Run) and death is None:
             # The worker gets its next batch before this one's results are unpickled.
             with self.lock:
                 self.crew.finished(effect.number, effect.batch)
             self.act()
-            ok, value = self._load(call.ref)
+            ok, value, took_us = self._load(call.ref)
             self._calls.pop(object_id, None)
+            if took_us:
+                self.crew.measured(effect.batch, took_us)
             effect.batch.job.deliver(effect.batch, ok, value)
             return
         if isinstance(effect, Hire) and death is None:
-            ok, value = self._load(call.ref)
+            ok, value, _ = self._load(call.ref)
             self._calls.pop(object_id, None)
             with self.lock:
                 if ok:
@@ -348,13 +355,13 @@ class Engine:
         self.act()
         self.stop_if_over()
 
-    def _load(self, ref: ObjectRef[Any]) -> Outcome:
+    def _load(self, ref: ObjectRef[Any]) -> Answer:
         """A worker's answer, or why there is none."""
         try:
-            ok, value = self.core.objects.get((ref,), None)[0]
+            answer: Answer = self.core.objects.get((ref,), None)[0]
         except Exception as error:
-            return False, _unread(error)
-        return ok, value
+            return False, _unread(error), 0.0
+        return answer
 
     # --- waiting -----------------------------------------------------------------------------------------------------
 

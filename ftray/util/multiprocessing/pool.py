@@ -22,7 +22,7 @@ from typing import Any
 from ftray.api.context import cluster_resources
 from ftray.api.lifecycle import init, is_initialized
 from ftray.exceptions import FtrayError, TaskCancelledError
-from ftray.util.multiprocessing.crew import Batch
+from ftray.util.multiprocessing.crew import Batch, Function
 from ftray.util.multiprocessing.engine import Engine
 from ftray.util.multiprocessing.results import AsyncResult, IMapIterator, IMapUnorderedIterator
 from ftray.util.multiprocessing.worker import CALL, MAP, STAR
@@ -192,9 +192,10 @@ class Pool:
             function = engine.function(func)
         except Exception as error:  # it cannot be pickled: that is the job's result
             for index in range(len(batches)):
-                job.deliver(Batch(job, index, kind, None, None), False, error)
+                job.deliver(Batch(job, index, kind, Function(None, None), None), False, error)
             return
-        engine.submit([Batch(job, index, kind, function, items) for index, items in enumerate(batches)])
+        sizes = [1 if kind == CALL else len(items) for items in batches]
+        engine.submit([Batch(job, index, kind, function, items, sizes[index]) for index, items in enumerate(batches)])
 
     # --- iterators ---------------------------------------------------------------------------------------------------
 
@@ -303,7 +304,7 @@ def _feed(
             batch = list(islice(items, chunksize))
             if not batch:
                 break
-            engine.submit([Batch(results, results.next_number(), MAP, function, batch)])
+            engine.submit([Batch(results, results.next_number(), MAP, function, batch, len(batch))])
     except BaseException as error:
         results.put(results.next_number(), False, error)
     finally:

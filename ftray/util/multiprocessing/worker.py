@@ -1,7 +1,10 @@
 """What runs in a pool's worker: an actor that calls functions, as a process of `multiprocessing.Pool` does.
 
 Role: shell, in the worker. One call of `run` is one batch. An exception of the user's function is an answer like
-others: `(False, exception)`, with the remote traceback as its cause.
+others: `(False, exception)`, with the remote traceback as its cause. A third field says how long it took.
+
+Batches may queue behind the one that runs. When that takes longer than `LONG_S`, a second thread (`_Relief`) answers in
+their place that they have not begun, and the pool gives them to others.
 
 Functions and classes of the program's `__main__` (and of whatever else cannot be imported) travel by value. Here they
 share one set of globals for each module they come from, for as long as the worker lives, as they would in a forked
@@ -15,6 +18,8 @@ Rejected: a set of globals for each pickle, which is what cloudpickle does: an i
 from __future__ import annotations
 
 import os
+import threading
+import time
 from collections.abc import Callable
 from multiprocessing.pool import ExceptionWithTraceback  # type: ignore[attr-defined]
 from types import FunctionType, ModuleType
@@ -22,7 +27,9 @@ from typing import Any
 
 from ftray.api.actor import exit_actor
 from ftray.exceptions import ActorExit
-from ftray.worker.serialization import deserialize
+from ftray.wire.messages import PushActorTask
+from ftray.worker.core import get_core
+from ftray.worker.serialization import deserialize, serialize
 
 CALL, MAP, STAR = 0, 1, 2
 """What `items` of a batch is: `(args, kwargs)` of one call, a list of single arguments, or of tuples of arguments."""
@@ -31,8 +38,15 @@ PICKLED = 8
 KEPT_MAX = 256
 """Functions that a worker keeps unpickled."""
 
-Answer = tuple[bool, Any]
-"""(True, result or list of results) or (False, exception)."""
+LONG_S = 0.004
+"""What runs longer than this has nothing queue behind it."""
+LOOK_MAX_S = 0.1
+HANDED_BACK = "ftray: not begun"
+"""The answer for a batch that was handed back."""
+HANDED_BACK_PICKLED = serialize(HANDED_BACK).to_bytes()
+
+Answer = tuple[bool, Any, float]
+"""(True, result or list of results, microseconds) or (False, exception, microseconds)."""
 
 
 class PoolWorker:
@@ -40,6 +54,7 @@ class PoolWorker:
 
     def __init__(self) -> None:
         self._kept: dict[bytes, Callable[..., Any]] = {}
+        self._relief = _Relief()
         _share_globals()
 
     def setup(self, initializer: bytes | None) -> Answer:
@@ -51,11 +66,12 @@ class PoolWorker:
             except ActorExit:
                 raise
             except BaseException as error:
-                return False, _carried(error)
-        return True, os.getpid()
+                return False, _carried(error), 0.0
+        return True, os.getpid(), 0.0
 
     def run(self, kind: int, function: Any, keep: bool | None, items: Any) -> Answer:
         """Runs a batch. `function` is pickled; it is kept for later batches with `keep`, and is itself with None."""
+        started = self._relief.begin()
         try:
             if keep is not None:
                 function = self._load(function, keep)
@@ -64,14 +80,18 @@ class PoolWorker:
                 kind -= PICKLED
             if kind == CALL:
                 args, kwargs = items
-                return True, function(*args, **kwargs)
-            if kind == MAP:
-                return True, list(map(function, items))
-            return True, [function(*args) for args in items]
+                result = function(*args, **kwargs)
+            elif kind == MAP:
+                result = list(map(function, items))
+            else:
+                result = [function(*args) for args in items]
+            return True, result, (time.perf_counter() - started) * 1e6
         except ActorExit:
             raise
         except BaseException as error:
-            return False, _carried(error)
+            return False, _carried(error), (time.perf_counter() - started) * 1e6
+        finally:
+            self._relief.started = 0.0
 
     def _load(self, pickled: bytes, keep: bool) -> Callable[..., Any]:
         function = self._kept.get(pickled) if keep else None
@@ -87,6 +107,72 @@ class PoolWorker:
     def leave(self) -> None:
         """Ends the process."""
         exit_actor()
+
+
+class _Relief(threading.Thread):
+    """Looks every few milliseconds, while batches run, whether one of them has become long."""
+
+    def __init__(self) -> None:
+        super().__init__(name="ftray-pool-relief", daemon=True)
+        self.started = 0.0
+        """When the batch began that runs; 0 between batches."""
+        self._wanted = threading.Event()
+        self.start()
+
+    def begin(self) -> float:
+        """A batch begins, in the main thread."""
+        self.started = started = time.perf_counter()
+        if not self._wanted.is_set():
+            self._wanted.set()
+        return started
+
+    def run(self) -> None:
+        pause_s = LONG_S
+        seen = 0.0
+        idle = 0
+        while True:
+            time.sleep(pause_s)
+            started = self.started
+            if not started:
+                idle += 1
+                pause_s = LONG_S
+                if idle > 10:
+                    self._wanted.clear()
+                    if not self.started:
+                        self._wanted.wait()
+                    idle = 0
+            elif started == seen:
+                hand_back()
+                pause_s = min(2 * pause_s, LOOK_MAX_S)
+            else:
+                idle = 0
+                pause_s = LONG_S
+            seen = started
+
+
+def hand_back() -> None:
+    """Answers batches that have arrived and not begun, in their place."""
+    executor = get_core().executor
+    if executor is None:
+        return
+    reactor = executor.reactor
+    kept, found = [], []
+    with reactor.lock:
+        reactor.handle(reactor.poll_events(0, 64))
+        while executor.pending:
+            item = executor.pending.popleft()
+            link, message, _ = item
+            queued = link is not None and isinstance(message, PushActorTask) and message.method == "run"
+            (found if queued else kept).append(item)
+        executor.pending.extend(kept)
+    if kept:
+        executor.wake()  # what was read here is not readable any more
+    for link, message, _ in found:
+        assert link is not None
+        executor.replies.succeed(link, message, HANDED_BACK, time.perf_counter(), False)
+    if found:
+        with reactor.lock:
+            reactor.flush_dirty()
 
 
 def _carried(error: BaseException) -> Any:
