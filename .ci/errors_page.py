@@ -19,8 +19,7 @@ from ftray import exceptions  # noqa: E402
 
 NOT_YET = frozenset(
     (
-        "OutOfMemoryError", "NodeDiedError", "TaskCancelledError", "TaskPlacementGroupRemoved", "RuntimeEnvSetupError",
-        "PendingCallsLimitExceeded", "ActorPlacementGroupRemoved", "ObjectFetchTimedOutError",
+        "NodeDiedError", "TaskPlacementGroupRemoved", "ActorPlacementGroupRemoved", "ObjectFetchTimedOutError",
         "ReferenceCountingAssertionError", "ObjectReconstructionFailedError",
         "ObjectReconstructionFailedMaxAttemptsExceededError", "ObjectReconstructionFailedLineageEvictedError",
     )

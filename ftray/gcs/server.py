@@ -22,8 +22,6 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import msgspec
-
 from ftray.config import Config
 from ftray.exceptions import ProtocolError
 from ftray.gcs.codec import encode_changes, encode_result
@@ -31,7 +29,7 @@ from ftray.gcs.leader import Leader
 from ftray.gcs.replica import Replica, ReplicaClosedError, Request
 from ftray.gcs.state.commands import MarkNodeDead, decode_command
 from ftray.gcs.state.errors import CommandError, GcsError
-from ftray.gcs.state.tables import ActorRecord, Change, Code, NodeRecord, NodeState, Record, Result, Table
+from ftray.gcs.state.tables import Change, Code, NodeRecord, NodeState, Result, Table
 from ftray.gcs.watchers import CATCH_UP_MS, Watcher, WatchHub
 from ftray.wire.handshake import ROLE_GCS
 from ftray.wire.messages import (
@@ -326,11 +324,7 @@ class GcsServer:
             link.send(GcsResult(read.request, state.revision, Code.INVALID.value, str(error)))
             return
         if read.all:
-            rows = state.rows_as_changes([table])
-            if table is Table.ACTORS:
-                # Nobody who looks at all of them wants those, and they can be of any size.
-                rows = [msgspec.structs.replace(row, record=_without_creation(row.record)) for row in rows]
-            self._send_rows(link, read.request, rows, (table,))
+            self._send_rows(link, read.request, state.rows_as_changes([table]), (table,))
             return
         if read.named is not None:
             actor = state.store.named_actor(*read.named)
@@ -353,10 +347,6 @@ class GcsServer:
             link.send(GcsResult(request, revision, Code.TOO_LARGE.value, text))
             return
         link.send(GcsResult(request, revision), payload)
-
-
-def _without_creation(record: Record | None) -> Record | None:
-    return msgspec.structs.replace(record, creation=b"") if isinstance(record, ActorRecord) else record
 
 
 def _says_goodbye(payload: bytes | bytearray, node_id: bytes) -> bool:

@@ -41,7 +41,8 @@ class Client:
 
     __slots__ = (
         "class_names", "driver", "endpoint", "entrypoint", "environment", "environments", "exit_code", "goodbye",
-        "gone", "job_id", "lease_id", "link", "log_to_driver", "not_retriable", "pid", "running", "since_ms", "worker_id",
+        "gone", "job_id", "lease_id", "link", "log_to_driver", "not_retriable", "pid", "running", "since_ms",
+        "worker_id",
     )  # fmt: skip
 
     def __init__(self, link: Link, hello: RegisterClient) -> None:

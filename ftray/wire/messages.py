@@ -311,8 +311,8 @@ class KillWorker(Message, tag=34):
 
 
 class Unregister(Message, tag=35):
-    """A driver or worker says goodbye; what follows is a clean exit, not a death. `reason` for the record. With a `code`
-    that is not 0 it is a death all the same, which is known before the process has ended."""
+    """A driver or worker says goodbye; what follows is a clean exit, not a death. `reason` for the record. With a
+    `code` that is not 0 it is a death all the same, which is known before the process has ended."""
 
     reason: str = ""
     code: int = 0
@@ -485,8 +485,8 @@ class GcsCommand(Message, tag=61):
 
 
 class GcsRead(Message, tag=62):
-    """Read one record (`key` given, or the namespace and name of a live actor) or a whole table (of actors: without
-    their creation specs). `wait`: answer only when the key exists."""
+    """Read one record (`key` given, or the namespace and name of a live actor) or a whole table. `wait`: answer only
+    when the key exists."""
 
     request: int
     table: str

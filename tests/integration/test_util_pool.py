@@ -46,6 +46,15 @@ def die(_: Any = None) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def turn(x: int, directory: str) -> int:
+    """The first waits for what all others do."""
+    if x:
+        Path(directory, str(x)).touch()
+    else:
+        wait_until(lambda: len(os.listdir(directory)) == 40, what="the others")
+    return x
+
+
 def pids(pool: Pool) -> set[int]:
     return set(pool._engine.pids.values())
 
@@ -58,6 +67,17 @@ def test_tasks_run_at_once_in_processes_of_their_own(tmp_path: Path) -> None:
         assert pool.apply(lambda *, x: x + 1, kwds={"x": 1}) == 2
         assert pool.map(square, (ftray.get(ref) for ref in [ftray.put(3)])) == [9]
         assert pool.apply(ftray.get, (ftray.put(3),)) == 3  # a reference inside of the arguments stays one
+
+
+def test_what_queues_behind_a_long_task_is_done_by_others(tmp_path: Path) -> None:
+    before, after = tmp_path / "before", tmp_path / "after"
+    before.mkdir()
+    after.mkdir()
+    with Pool(2) as pool:
+        for _ in range(3):  # known to be short, so that batches go ahead
+            pool.starmap(turn, [(x + 1, str(before)) for x in range(40)], 1)
+        assert 0 < pool._engine.function(turn).item_us < 500
+        assert pool.starmap(turn, [(x, str(after)) for x in range(41)], 1) == list(range(41))
 
 
 def test_a_program_as_one_writes_it_for_the_standard_library() -> None:

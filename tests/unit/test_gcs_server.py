@@ -236,6 +236,20 @@ def test_reads_of_records_and_tables(world: World) -> None:
     assert events.of("none") == [{}]
 
 
+def test_reads_of_actors_by_name(world: World) -> None:
+    client = world.client()
+    world.add_node(client)
+    world.add_job(client)
+    assert world.run(client, register_actor("mine")).ok
+    events = Events()
+    client.read_named("", "mine", events.note("found"))
+    client.read_named("elsewhere", "mine", events.note("missing"))
+    client.read_named("", "other", events.note("missing"))
+    world.settle()
+    assert [record.actor_id for record in events.of("found")] == [ACTOR]
+    assert events.of("missing") == [None, None]
+
+
 def test_a_read_sees_the_clients_own_write_of_the_same_batch(world: World) -> None:
     client = world.client()
     world.run(client, put(b"a", b"old"))

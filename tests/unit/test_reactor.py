@@ -363,6 +363,39 @@ def test_a_peer_that_does_not_read_is_cut_off_at_the_limit(world: World, chunks:
     world.expect_good_link_alive()
 
 
+def test_on_drained_is_told_when_what_has_waited_is_written(world: World) -> None:
+    told: list[int] = []
+    world.link.on_drained = lambda link: told.append(len(link.out))
+    world.link.send(WorkerBlocked(), bytes(1000))
+    world.client.flush_dirty()
+    assert told == [], "the socket took it at once"
+    world.link.send(WorkerBlocked(), bytes(4 << 20))
+    world.client.flush_dirty()
+    assert world.link.out and told == []
+    world.settle()
+    assert told == [0]
+    world.link.on_drained = lambda link: 1 / 0  # type: ignore[assignment, return-value]
+    world.link.send(WorkerBlocked(), bytes(4 << 20))
+    world.client.flush_dirty()
+    world.settle()
+    assert world.user.closed == ["internal error: ZeroDivisionError('division by zero')"], "it costs this link"
+    assert len(world.client.handler_errors) == 1
+
+
+def test_the_rest_of_a_link_is_read_at_once(world: World) -> None:
+    """What a peer has sent before it died, whatever else there would be to read first."""
+    link = world.service.links[0]
+    for number in range(3):
+        link.send(JobEnded(b"%d" % number), bytes(50_000))
+    link.close("it dies")
+    with world.client.lock:
+        world.client.read_rest(world.link)
+    assert [message.job_id for message in world.user.messages] == [b"0", b"1", b"2"]  # type: ignore[attr-defined]
+    assert world.user.closed == ["closed by the peer"]
+    with world.client.lock:
+        world.client.read_rest(world.link)
+
+
 # --- connecting -------------------------------------------------------------------------------------------------------
 
 

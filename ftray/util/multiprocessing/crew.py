@@ -257,7 +257,12 @@ class Crew:
         if member is None or member.batches.get(batch.number) is not batch:
             return None
         del member.batches[batch.number]
-        member.load_us = sum(each.expected_us for each in member.batches.values()) if member.batches else 0.0
+        if not member.batches:
+            member.load_us = 0.0
+        elif batch.expected_us == float("inf"):
+            member.load_us = sum(each.expected_us for each in member.batches.values())
+        else:
+            member.load_us -= batch.expected_us
         return member
 
     def _rested(self, member: Member) -> None:

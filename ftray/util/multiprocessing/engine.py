@@ -21,6 +21,7 @@ import os
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable
 from multiprocessing.pool import MaybeEncodingError  # type: ignore[attr-defined]
 from queue import SimpleQueue
@@ -95,6 +96,8 @@ class Engine:
         self._class = ActorClass(PoolWorker, actor_options)
         self._handles: dict[int, ActorHandle] = {}
         self._calls: dict[bytes, _Call] = {}
+        self._unread: deque[_Call] = deque()
+        """Answers whose workers have got the next batch, and that are not unpickled yet."""
         self._functions: weakref.WeakKeyDictionary[Any, Function] = weakref.WeakKeyDictionary()
         self._arrivals = _Arrivals(core, self.inbox)
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -202,29 +205,33 @@ class Engine:
     # --- carrying out what the crew decides --------------------------------------------------------------------------
 
     def act(self) -> None:
-        """Carries out all effects there are."""
+        """Carries out all effects there are; what is sent to one worker goes out together."""
         while True:
             with self.lock:
                 effects = self.crew.take_effects()
             if not effects:
                 return
             done = 0
+            sent: list[bytes] = []
             try:
                 for effect in effects:
-                    self._carry_out(effect)
+                    self._carry_out(effect, sent)
                     done += 1
             except BaseException:
                 with self.lock:
                     self.crew.give_back(effects[done:])
                 raise
+            finally:
+                if sent:
+                    self._arrivals.add(sent)
 
-    def _carry_out(self, effect: Effect) -> None:
+    def _carry_out(self, effect: Effect, sent: list[bytes]) -> None:
         if isinstance(effect, Run):
-            self._run(effect)
+            self._run(effect, sent)
         elif isinstance(effect, Hire):
-            self._hire(effect)
+            self._hire(effect, sent)
         elif isinstance(effect, Leave):
-            self._leave(effect)
+            self._leave(effect, sent)
         elif isinstance(effect, Kill):
             self.pids.pop(effect.number, None)
             handle = self._handles.pop(effect.number, None)
@@ -236,18 +243,20 @@ class Engine:
         else:
             effect.batch.job.deliver(effect.batch, False, effect.error)
 
-    def _ask(self, effect: Effect, method: Callable[..., ObjectRef[Any]], *args: Any) -> None:
-        self._track(effect, method(*args))
+    def _sent(self, effect: Effect, ref: ObjectRef[Any], sent: list[bytes]) -> None:
+        self._calls[ref._id] = _Call(effect, ref)
+        sent.append(ref._id)
 
     def _track(self, effect: Effect, ref: ObjectRef[Any]) -> None:
-        self._calls[ref._id] = _Call(effect, ref)
-        self._arrivals.add((ref._id,))
+        sent: list[bytes] = []
+        self._sent(effect, ref, sent)
+        self._arrivals.add(sent)
 
-    def _hire(self, effect: Hire) -> None:
+    def _hire(self, effect: Hire, sent: list[bytes]) -> None:
         number = effect.number
         try:
             handle = self._handles[number] = self._class.remote()
-            self._ask(effect, handle.setup.remote, self._initializer)
+            self._sent(effect, handle.setup.remote(self._initializer), sent)
         except Exception as error:
             with self.lock:
                 self.crew.broke(error)
@@ -255,26 +264,27 @@ class Engine:
         with self.lock:
             wanted = number in self.crew.members
         if not wanted:  # the pool was terminated while it was made
-            self._carry_out(Kill(number))
+            self._carry_out(Kill(number), sent)
 
-    def _leave(self, effect: Leave) -> None:
+    def _leave(self, effect: Leave, sent: list[bytes]) -> None:
         handle = self._handles.get(effect.number)
         try:
             if handle is not None:
-                self._ask(effect, handle.leave.remote)
+                self._sent(effect, handle.leave.remote(), sent)
         except Exception:  # the session is over, and the worker with it
             with self.lock:
                 self.crew.gone(effect.number)
             self.stop_if_over()
 
-    def _run(self, effect: Run) -> None:
+    def _run(self, effect: Run, sent: list[bytes]) -> None:
         batch = effect.batch
         handle = self._handles.get(effect.number)
         if handle is None:
             return  # terminated: the batch has failed with the others
         try:
             kind, items = self._pack(batch)
-            self._ask(effect, handle.run.remote, kind, batch.function.data, batch.function.keep, items)
+            function = batch.function
+            self._sent(effect, handle.run.remote(kind, function.data, function.keep, items), sent)
         except Exception as error:  # the items cannot be pickled
             with self.lock:
                 self.crew.finished(effect.number, batch)
@@ -293,57 +303,40 @@ class Engine:
     # --- answers -----------------------------------------------------------------------------------------------------
 
     def process(self) -> None:
-        """Acts on all answers that have arrived."""
-        arrived = self._arrivals.arrived
-        while arrived:
-            try:
-                object_id = arrived.popleft()
-            except IndexError:
-                return
-            call = self._calls.get(object_id)
-            if call is not None:
+        """Acts on all answers that have arrived: workers get more to do first, and then results are unpickled."""
+        arrived, unread = self._arrivals.arrived, self._unread
+        while arrived or unread:
+            while arrived:
                 try:
-                    self._answered(object_id, call)
-                except BaseException:
-                    if object_id in self._calls:
-                        arrived.appendleft(object_id)
-                    raise
+                    object_id = arrived.popleft()
+                except IndexError:
+                    break
+                call = self._calls.pop(object_id, None)
+                if call is not None:
+                    self._answered(call)
             call = None
+            self.act()
+            while unread:
+                try:
+                    call = unread.popleft()
+                except IndexError:
+                    break
+                try:
+                    self._read(call)
+                except BaseException:
+                    unread.appendleft(call)
+                    raise
+                call = None
+        if self.crew.closed:
+            self.stop_if_over()
 
-    def _answered(self, object_id: bytes, call: _Call) -> None:
+    def _answered(self, call: _Call) -> None:
         effect = call.effect
-        entry = self.core.entries.get(object_id)
-        death: Any = entry.value if entry is not None and entry.state == FAILED else None
-        if not isinstance(death, ActorDiedError | ActorUnavailableError):
-            death = None
-        if isinstance(effect, Run) and entry is not None and entry.value == HANDED_BACK_PICKLED:
-            self._calls.pop(object_id, None)
-            with self.lock:
-                self.crew.handed_back(effect.number, effect.batch)
-            self.act()
-            return
-        if isinstance(effect, Run) and death is None:
-            # The worker gets its next batch before this one's results are unpickled.
-            with self.lock:
-                self.crew.finished(effect.number, effect.batch)
-            self.act()
-            ok, value, took_us = self._load(call.ref)
-            self._calls.pop(object_id, None)
-            if took_us:
-                self.crew.measured(effect.batch, took_us)
-            effect.batch.job.deliver(effect.batch, ok, value)
-            return
-        if isinstance(effect, Hire) and death is None:
-            ok, value, _ = self._load(call.ref)
-            self._calls.pop(object_id, None)
-            with self.lock:
-                if ok:
-                    self.pids[effect.number] = value
-                    self.crew.started(effect.number)
-                else:
-                    self.crew.broke(value)
-        else:
-            self._calls.pop(object_id, None)
+        entry = self.core.entries.get(call.ref._id)
+        value: Any = entry.value if entry is not None else None
+        failed = entry is not None and entry.state == FAILED
+        dead = failed and isinstance(value, ActorDiedError | ActorUnavailableError)
+        if isinstance(effect, Leave) or dead:
             number = effect.number  # type: ignore[union-attr]
             self._handles.pop(number, None)
             self.pids.pop(number, None)
@@ -351,9 +344,29 @@ class Engine:
                 if isinstance(effect, Leave):
                     self.crew.gone(number)
                 else:
-                    self.crew.died(number, death)
-        self.act()
-        self.stop_if_over()
+                    self.crew.died(number, value)
+        elif isinstance(effect, Hire):
+            ok, answer, _ = self._load(call.ref)
+            with self.lock:
+                if ok:
+                    self.pids[effect.number] = answer
+                    self.crew.started(effect.number)
+                else:
+                    self.crew.broke(answer)
+        elif isinstance(effect, Run):
+            with self.lock:
+                if value == HANDED_BACK_PICKLED:
+                    self.crew.handed_back(effect.number, effect.batch)
+                else:
+                    self.crew.finished(effect.number, effect.batch)
+                    self._unread.append(call)
+
+    def _read(self, call: _Call) -> None:
+        batch: Batch = call.effect.batch  # type: ignore[union-attr]
+        ok, value, took_us = self._load(call.ref)
+        if took_us:
+            self.crew.measured(batch, took_us)
+        batch.job.deliver(batch, ok, value)
 
     def _load(self, ref: ObjectRef[Any]) -> Answer:
         """A worker's answer, or why there is none."""

@@ -31,7 +31,7 @@ from ftray.worker.serialization import dump_inband
 
 log = logging.getLogger("ftray.util")
 
-AHEAD_PER_WORKER = 16
+AHEAD_PER_WORKER = 64
 """How many batches `imap` takes from its iterable before they are done, for each worker."""
 
 
