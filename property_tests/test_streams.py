@@ -171,7 +171,7 @@ def test_streams(items_max: int, script: list[tuple[list[tuple[Any, ...]], tuple
         assert stream.left or len(world.taken) == len(world.first) + stream.failed
         assert stream.take() == -1
         return
-    assert world.window.has_room() or stream.dropped, "nothing is on its way, the reader waits, and the worker must not go on"
+    assert world.window.has_room() or stream.dropped, "the reader waits, nothing is on its way, and the worker may not"
     before = len(world.sizes)
     world.do_yield()
     world.settle()

@@ -93,7 +93,7 @@ class Arrivals:
         if self.pending:
             _closed.append(self)
             core = self.core
-            if core.lock.acquire(blocking=False):
+            if not core.inside() and core.lock.acquire(blocking=False):
                 try:
                     _let_go(core)
                 finally:

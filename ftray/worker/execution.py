@@ -119,8 +119,8 @@ class Executor:
         self.actor_id = b""
         self.creation: ActorCreation | None = None
         self.incarnation = 0
-        self.replies = Replies(self)
         self.events = TaskEvents(core.config.task_events_max, self.function_name)
+        self.replies = Replies(self)
         self.dead_callers: deque[bytes] = deque()
         self.ticking = False
         self.ran = 0

@@ -134,7 +134,7 @@ class Generators:
                 if not blocked:
                     blocked = True
                     timeout_s = None
-                    started_s = time.time()
+                    started_s = time.perf_counter()
                     executor.blocked()
                     self._watch_channels(True)
         finally:
@@ -299,7 +299,7 @@ class Generators:
         flow = self.flows.get((message.task_id, message.attempt))
         if flow is not None:
             flow.window.told(message.read)
-            wake, flow.wake = flow.wake, None
+            wake = flow.wake  # not cleared: it may be a newer one by then
             if wake is not None:
                 wake()
 

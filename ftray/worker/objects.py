@@ -192,6 +192,7 @@ class ObjectPlane(StoreClient):
         waiter: Waiter | None = None
         missing = 0
         hung: list[bytes] = []
+        borrowed: list[bytes] = []
         with core.lock:
             core.drain()
             for ref in refs:
@@ -210,10 +211,12 @@ class ObjectPlane(StoreClient):
                         waiters.append(waiter)
                     hung.append(object_id)
                     if entry.owner is not None:
-                        self.request(object_id, entry)
+                        borrowed.append(object_id)
             if waiter is None:
                 return
             waiter.remaining = missing
+            for object_id in borrowed:  # only now: of an owner that is known to be dead the answer comes at once
+                self.request(object_id, entries[object_id])
             core.settle()
         done = False
         waits = self.waits
@@ -246,7 +249,7 @@ class ObjectPlane(StoreClient):
         if block(core.reactor, waiter, notice_s):
             return True
         executor.blocked()
-        started_s = time.time()
+        started_s = time.perf_counter()
         try:
             return block(core.reactor, waiter, None if timeout_s is None else timeout_s - notice_s)
         finally:

@@ -32,6 +32,7 @@ from ftray.worker.failures import task_error_payload
 from ftray.worker.generators import Generators
 from ftray.worker.inheritance import end_child
 from ftray.worker.serialization import serialize
+from ftray.worker.task_events import bare
 from ftray.worker.waiting import Waiter, block
 
 DEFERRED_WAIT_S = 1.0
@@ -52,6 +53,7 @@ class Replies:
         """Replies that wait for registrations, by task and attempt; under the core's lock."""
         self.generators = Generators(self)
         self.keeps_events = executor.core.config.task_events_max > 0
+        self.note_event = executor.events.append
         self.exits = False
         """The worker ends after the reply that comes next: its function has run `max_calls` times here."""
 
@@ -186,7 +188,9 @@ class Replies:
     def reply(self, link: Link, message: PushTask | PushActorTask, answer: Message, payload: bytes, held: bool) -> None:
         """Queues a reply; one that must wait for registrations is sent by `may_reply`."""
         if self.keeps_events:
-            self.executor.events.ran(message, answer.work_us, type(answer) is TaskFailed)  # type: ignore[attr-defined]
+            kept = bare(message) if message.deps else message
+            failed = type(answer) is TaskFailed
+            self.note_event((kept, answer.work_us, failed, time.perf_counter(), get_ident()))  # type: ignore[attr-defined]
         if self.executor.cancelled:
             self.executor.cancelled.discard(message.task_id)
         if held:

@@ -176,11 +176,12 @@ class Streams:
             core.peers.ack_returns((worker_id, endpoint, message.task_id, message.attempt, message.index))
         if value.kind == IN_STORE:
             record = self.records.get(message.task_id)
-            index = message.index + (record.offset if record is not None else 0)
-            object_id = return_id(message.task_id, index)
-            entry = core.entries.get(object_id)
-            if entry is None or entry.state == waiting.INLINE:
-                core.objects.free_in_store(object_id)
+            # Of a stream that has been forgotten it is not known which of two objects it was; both are of no use then.
+            for offset in (0, 1) if record is None else (record.offset,):
+                object_id = return_id(message.task_id, message.index + offset)
+                entry = core.entries.get(object_id)
+                if entry is None or entry.state == waiting.INLINE:
+                    core.objects.free_in_store(object_id)
 
     def _stop(self, record: StreamRecord, why: str) -> None:
         """The worker breaks the rules: its task fails, and it is told to end."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import itertools
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -96,13 +98,15 @@ def test_a_consumer_that_raises_or_leaves_early_leaves_nothing_hanging(tmp_path:
 
 def test_close_under_the_lock_waits_for_the_next_entry(tmp_path: Path) -> None:
     """As a finaliser that runs while its own thread holds the lock."""
-    results = as_completed([after.remote(tmp_path / "x", 1)])
+    ref = after.remote(tmp_path / "x", 1)
+    results = as_completed([ref])
     with get_core().lock:
         results.close()
     assert hanging() == 1
     assert list(as_completed([])) == []
     assert hanging() == 0
     (tmp_path / "x").touch()
+    assert ftray.get(ref) == 1
 
 
 def test_time_is_up_and_the_iteration_goes_on(tmp_path: Path) -> None:
@@ -113,6 +117,12 @@ def test_time_is_up_and_the_iteration_goes_on(tmp_path: Path) -> None:
     (tmp_path / "x").touch()
     ftray.wait(list(results._held.values()))
     assert list(results) == [1]
+
+
+def test_nothing_of_it_is_loaded_before_it_is_used() -> None:
+    code = "import sys, ftray, ftray.util; print([name for name in sys.modules if name.startswith('ftray')])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout == "['ftray', 'ftray.util']\n"
 
 
 def test_in_a_task() -> None:

@@ -1,4 +1,4 @@
-"""The crew of a pool, against simple rules: no batch is at two workers, none is lost whoever dies, and order is kept."""
+"""The crew of a pool by simple rules: no batch is at two workers, none is lost whoever dies, and order is kept."""
 
 from __future__ import annotations
 

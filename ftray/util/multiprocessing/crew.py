@@ -217,7 +217,7 @@ class Crew:
         while pending and self.roomy:
             batch = pending[0]
             expected = batch.function.item_us * batch.size
-            if batch.solo or not expected or expected > AHEAD_US:
+            if batch.solo or not expected or expected >= AHEAD_US:
                 break  # it waits for an idle worker, and those after it for their turn
             member = self.roomy.popleft()
             member.roomy = False

@@ -156,7 +156,8 @@ def hand_back() -> None:
     if executor is None:
         return
     reactor = executor.reactor
-    kept, found = [], []
+    kept: list[Any] = []
+    found: list[Any] = []
     with reactor.lock:
         reactor.handle(reactor.poll_events(0, 64))
         while executor.pending:
@@ -168,7 +169,6 @@ def hand_back() -> None:
     if kept:
         executor.wake()  # what was read here is not readable any more
     for link, message, _ in found:
-        assert link is not None
         executor.replies.succeed(link, message, HANDED_BACK, time.perf_counter(), False)
     if found:
         with reactor.lock:

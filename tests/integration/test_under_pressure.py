@@ -1,0 +1,54 @@
+"""What programs under pressure have met: timeouts while the store is busy, owners that are dead, what tools say then."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Any
+
+import numpy as np
+import pytest
+from integration.harness import wait_until
+
+import ftray
+from ftray.exceptions import OwnerDiedError
+
+SESSION = {"num_cpus": 2, "object_store_memory": 32 << 20}
+
+
+@ftray.remote
+def make(n: int) -> Any:
+    return np.zeros(n, dtype=np.uint8)
+
+
+@ftray.remote
+class Owner:
+    def put(self, n: int) -> list[Any]:
+        return [ftray.put(i) for i in range(n)]
+
+    def pid(self) -> int:
+        return os.getpid()
+
+
+@ftray.remote
+class Reader:
+    def read(self, refs: list[Any]) -> Any:
+        return ftray.get(refs)
+
+
+def test_what_is_ready_in_the_store_is_read_without_a_timeout(session: Any) -> None:
+    """`wait` calls it ready, so a `get` that does not want to wait has it, in memory or on disk."""
+    refs = [make.remote(6 << 20) for _ in range(10)]
+    ftray.wait(refs, num_returns=10)
+    for ref in refs:
+        assert ftray.get(ref, timeout=0).nbytes == 6 << 20
+
+
+def test_get_of_what_an_owner_known_to_be_dead_owned_fails_at_once(session: Any) -> None:
+    """The answer comes while the objects are still being asked for."""
+    owner, reader = Owner.remote(), Reader.remote()
+    refs = ftray.get(owner.put.remote(6))
+    os.kill(ftray.get(owner.pid.remote()), signal.SIGKILL)
+    for some in (refs[:1], refs[1:2], refs[2:]):  # the first time it finds out, then it knows
+        with pytest.raises(OwnerDiedError):
+            ftray.get(reader.read.remote(some), timeout=20)
