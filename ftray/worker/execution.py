@@ -140,7 +140,8 @@ class Executor:
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.reactor.watch(self._wake_fd, self._woken)
         self.greeting = ChannelGreeting(self)
-        in_tables, in_channels = core.inside, self.reactor.lock._is_owned  # type: ignore[attr-defined]
+        channels: Any = self.reactor.lock
+        in_tables, in_channels = core.inside, channels._is_owned
         core.inside = lambda: in_tables() or in_channels()
 
     # --- waking the main thread --------------------------------------------------------------------------------------

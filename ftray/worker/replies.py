@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import time
+from threading import get_ident
 from types import AsyncGeneratorType, GeneratorType
 from typing import TYPE_CHECKING, Any
 
