@@ -338,15 +338,16 @@ class TaskDispatcher:
     # --- leases ------------------------------------------------------------------------------------------------------
 
     def grant(self, class_id: int, lease: Lease) -> None:
-        """A lease was granted. One that is not needed any more goes straight back."""
+        """A lease was granted. One that is not needed any more goes straight back; one that others want by now runs one
+        task before, since otherwise classes whose workers take long to get ready could recall each other's for ever."""
         cls = lease.cls
         cls.leases[lease.lease_id] = lease
         self.leases[lease.lease_id] = lease
-        if lease.lease_id in self.reclaimed_early:
+        early = lease.lease_id in self.reclaimed_early
+        if early:
             self.reclaimed_early.discard(lease.lease_id)
-            self.give_back(lease)
-            return
-        if not cls.queue and len(cls.leases) > cls.want:
+            lease.closing = lease.solo = True
+        if not cls.queue and (early or len(cls.leases) > cls.want):
             self.give_back(lease)
             return
         lease.in_room = True

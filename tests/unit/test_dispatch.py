@@ -171,6 +171,26 @@ def test_reclaim_returns_idle_leases_at_once_and_busy_ones_when_done() -> None:
     assert setup.dispatcher.returns == [idle.lease_id, busy.lease_id]
 
 
+def test_a_lease_that_is_recalled_before_it_is_granted_runs_one_task() -> None:
+    """Workers that take long to get ready would be asked for by turns, and none would ever be used."""
+    setup = Setup()
+    setup.submit()
+    setup.submit()
+    setup.dispatcher.reclaim(1)
+    lease = setup.grant()
+    assert lease.lease_id == 1
+    assert setup.pushed() == [(1, b"t1")]
+    assert not setup.dispatcher.returns
+    setup.dispatcher.done(lease, b"t1", 10)
+    assert not setup.pushed()
+    assert setup.dispatcher.returns == [1]
+    setup.dispatcher.cancel_queued(setup.cls.queue[0])
+    setup.dispatcher.reclaim(2)
+    setup.cls.want = 1
+    assert setup.grant().lease_id == 2
+    assert setup.dispatcher.returns == [1, 2]  # without a task it goes straight back
+
+
 def test_a_grant_that_nobody_needs_goes_straight_back() -> None:
     setup = Setup()
     lease = setup.grant()

@@ -1,0 +1,1 @@
+"""The GCS on several heads: a replica that agrees with its peers through Raft (see `replica.py`)."""
