@@ -49,3 +49,9 @@ def content_hash(data: bytes) -> bytes:
 def short(identifier: bytes) -> str:
     """An id for messages: the first 12 hex digits."""
     return identifier.hex()[:12]
+
+
+def short_object(identifier: bytes | str) -> str:
+    """An object's or task's id for messages. All that one task makes begins alike: what tells it apart is shown whole."""
+    text = identifier if isinstance(identifier, str) else identifier.hex()
+    return f"{text[:6]}..{text[2 * PREFIX_BYTES :]}"

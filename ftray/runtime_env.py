@@ -208,6 +208,10 @@ def _variables(value: Any) -> dict[str, str]:
             raise ValueError(f"env_vars: {name!r} is no name for an environment variable")
         if "\0" in text:
             raise ValueError(f"env_vars: the value of {name!r} contains a NUL, which the system can't carry")
+        try:
+            (name + text).encode("utf-8", "surrogateescape")
+        except UnicodeEncodeError:
+            raise ValueError(f"env_vars: {name!r} is {text!r}, which is no text that the system can carry") from None
     return dict(value)
 
 

@@ -2,8 +2,8 @@
 
 Role: pure. An explanation has four parts:
 
-- the *culprit*: all that was answered before it has an order, and with its answer none is left (given what others, still
-  open then, were answered later);
+- the *culprit*: all that was answered before it has an order, and with its answer none is left (given what others,
+  still open then, were answered later);
 - the longest prefix that has an order, and one such order;
 - the *contradiction*: a set of operations that cannot be ordered even if nothing is known about the answers of all
   others since the last quiet moment before the culprit (when nothing was open). It is made smaller by forgetting one
@@ -63,7 +63,7 @@ class Explanation:
         ]
         if self.quiet:
             so_far = "One operation was" if self.quiet == 1 else f"{self.quiet} operations were"
-            lines.append(f"{so_far} over when nothing was open for the last time before; then {_either(self.quiet_states)}.")
+            lines.append(f"{so_far} over when last nothing was open before that; then {_either(self.quiet_states)}.")
         else:
             lines.append(f"At the beginning {_either(self.quiet_states)}.")
         others = [each for each in self.contradiction if each is not self.culprit]
@@ -149,7 +149,7 @@ def _without(
     """Whether the culprit can be placed if nothing is known about what became of the forgotten operations."""
     limit = problem.return_of[blocked]
     for state, used in starts:
-        operations = []
+        operations: list[Operation] = []
         for index, each in enumerate(problem.operations):
             if problem.call_of[index] > limit or problem.bits[index] & used or 0 <= problem.rank[index] < quiet:
                 continue

@@ -3,15 +3,16 @@
 Role: pure. `Operation` is one call of one client, `History` all of them, `Recorder` makes one while a program runs.
 
 Rules
-- Time is one clock for all, in milliseconds; only its order counts for a verdict. An operation came before another if it
-  was completed *before* the other was invoked; at equal times they are taken as concurrent, since nobody knows.
+- Time is one clock for all, in milliseconds; only its order counts for a verdict. An operation came before another if
+  it was completed *before* the other was invoked; at equal times they are taken as concurrent, since nobody knows.
 - A `Recorder` never makes equal times: events are in the order in which it was told of them, and a time that would not
   be later than the last one is moved up by the least possible amount. So histories in virtual time, where much happens
   at the same instant, keep their order.
-- An operation without an answer (the client gave up, or died) has an unknown outcome: it may take effect at any time after
-  its invocation, even after later calls of the same client, or never. One that *failed* is known to have had no effect.
-- Values are None, bool, int, finite float, str, and tuples of these, so that they can be compared, hashed and written as
-  JSON without loss. A list becomes a tuple. As everywhere in Python, 1, 1.0 and True are the same value.
+- An operation without an answer (the client gave up, or died) has an unknown outcome: it may take effect at any time
+  after its invocation, even after later calls of the same client, or never. One that *failed* is known to have had no
+  effect.
+- Values are None, bool, int, finite float, str, and tuples of these, so that they can be compared, hashed and written
+  as JSON without loss. A list becomes a tuple. As everywhere in Python, 1, 1.0 and True are the same value.
 
 Rejected: an event log with a line for each end of an operation (every reader has to match them); leaving out failed
 operations (reports want to show them).
@@ -25,7 +26,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
-Value: TypeAlias = None | bool | int | float | str | tuple["Value", ...]
+Value: TypeAlias = bool | int | float | str | tuple["Value", ...] | None
 ProcessId: TypeAlias = int | str
 
 _FIELDS = frozenset(("process", "invoked_ms", "completed_ms", "action", "arguments", "result", "failed"))
@@ -37,7 +38,7 @@ class HistoryError(ValueError):
 
 
 class UnsupportedValueError(HistoryError, TypeError):
-    """An argument or result is of a type that histories do not hold. Record a name, a number or a hash of it instead."""
+    """An argument or result is of a type that histories do not hold. Record a name, a number or a hash of it."""
 
 
 class MalformedOperationError(HistoryError):
@@ -177,8 +178,8 @@ class History:
             before = last.get(operation.process)
             if before is not None and before.completed_ms is not None and before.completed_ms > operation.invoked_ms:
                 raise OverlappingOperationsError(
-                    f"process {operation.process!r} invoked {operation.call} at {clock(operation.invoked_ms)} ms, when its "
-                    f"{before.call} was open until {clock(before.completed_ms)} ms: "
+                    f"process {operation.process!r} invoked {operation.call} at {clock(operation.invoked_ms)} ms, when "
+                    f"its {before.call} was open until {clock(before.completed_ms)} ms: "
                     "give each thread or task that works in parallel a process name of its own"
                 )
             last[operation.process] = operation
@@ -223,7 +224,7 @@ class History:
 
 
 def merged(histories: Iterable[History]) -> History:
-    """One history of several, whose recorders read the same clock. What has equal times in two of them is concurrent."""
+    """One history of several, whose recorders read the same clock. What has equal times in two of them overlaps."""
     return History(each for history in histories for each in history)
 
 
@@ -275,8 +276,8 @@ class Recorder:
         for other in self._open.values():
             if other.process == process:
                 raise OverlappingOperationsError(
-                    f"process {process!r} invokes {action} while its {other.call} is open: lose() that one if the client "
-                    "has given up, or give each thread a process name of its own"
+                    f"process {process!r} invokes {action} while its {other.call} is open: lose() that one if the "
+                    "client has given up, or give each thread a process name of its own"
                 )
         values = frozen(arguments)
         assert isinstance(values, tuple)

@@ -13,7 +13,7 @@ Rejected: time as the budget (the same history must get the same verdict on ever
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 from chaos.checkers.explanation import Explanation, explain
@@ -95,11 +95,11 @@ def check(history: Iterable[Operation], model: Model, *, steps_max: int = STEPS_
     )
 
 
-def divide(operations: Iterable[Operation], model: Model) -> dict[Hashable, list[Operation]]:
+def divide(operations: Sequence[Operation], model: Model) -> dict[Hashable, list[Operation]]:
     """The operations by the part of the object that they touch; all together if one touches all of it."""
     parts: dict[Hashable, list[Operation]] = {}
     for each in operations:
         parts.setdefault(model.key(each), []).append(each)
     if WHOLE in parts and len(parts) > 1:
-        return {WHOLE: [each for each in operations]}
+        return {WHOLE: list(operations)}
     return parts

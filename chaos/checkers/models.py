@@ -1,14 +1,15 @@
 """Sequential models: what one object does when it is used by one client at a time.
 
-Role: pure. A model is deterministic: `apply` takes a state and an action, and returns the next state and the result that
-the client must see. States are immutable and hashable, and equal states have equal futures; the search relies on both.
+Role: pure. A model is deterministic: `apply` takes a state and an action, and returns the next state and the result
+that the client must see. States are immutable and hashable, and equal states have equal futures; the search relies on
+both.
 
 Rules
 - `key` names the part of the object that an operation touches. Parts are checked apart (a history is linearizable if
-  its parts are), which turns one hard search into many easy ones. An operation that touches all of it has the key WHOLE;
-  if a history has one, it is checked undivided.
-- `check` refuses what the model does not know, before the search, so that a misspelt action is not taken for a bug of the
-  system under test.
+  its parts are), which turns one hard search into many easy ones. An operation that touches all of it has the key
+  WHOLE; if a history has one, it is checked undivided.
+- `check` refuses what the model does not know, before the search, so that a misspelt action is not taken for a bug of
+  the system under test.
 
 A program's own object becomes checkable with a subclass of `Model`: `actions`, `initial` and `apply` are enough.
 
@@ -18,14 +19,29 @@ Rejected: models that only accept or refuse a recorded result (a report could no
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
+from enum import Enum
 from typing import ClassVar, Final, TypeAlias
 
 from chaos.checkers.history import HistoryError, Operation, Value, frozen
 
 State: TypeAlias = Hashable
 
-WHOLE: Final = ("the whole object",)
+
+class _Whole(Enum):
+    WHOLE = "the whole object"
+
+
+WHOLE: Final = _Whole.WHOLE
 """The key of operations that touch every part."""
+
+
+
+class _AnyState(Enum):
+    ANY = "any state"
+
+
+ANY: Final = _AnyState.ANY
+"""The hint that says nothing."""
 
 STALE: Final = "stale"
 """What an exactly-once counter answers to a request older than the last one of that client."""
@@ -33,6 +49,10 @@ STALE: Final = "stale"
 
 class UnknownActionError(HistoryError):
     """The history has an action that the model does not know, or with the wrong arguments."""
+
+
+class ModelError(HistoryError):
+    """A model contradicts itself, so that no verdict can be trusted. Correct the model."""
 
 
 class Model:
@@ -53,6 +73,21 @@ class Model:
     def key(self, operation: Operation) -> Hashable:
         """The part of the object that the operation touches."""
         return WHOLE
+
+    def only_looks(self, operation: Operation) -> bool:
+        """Whether an answered operation leaves every state as it is in which it can have the result that it has.
+
+        It may say False where it does not know: that costs time, and no more.
+        """
+        return False
+
+    def leaves(self, operation: Operation) -> State:
+        """A hint: the state of the part of the object after it, if that does not depend on the one before; else ANY."""
+        return ANY
+
+    def needs(self, operation: Operation) -> State:
+        """A hint: the only state of the part of the object in which the operation has the result that it has, or ANY."""
+        return ANY
 
     def agrees(self, operation: Operation, result: Value) -> bool:
         """Whether what the client saw is that result."""
@@ -93,6 +128,15 @@ class Register(Model):
             return state, state  # type: ignore[return-value]
         return arguments[0], None
 
+    def only_looks(self, operation: Operation) -> bool:
+        return operation.action == "read"
+
+    def leaves(self, operation: Operation) -> State:
+        return operation.arguments[0] if operation.action == "write" else ANY
+
+    def needs(self, operation: Operation) -> State:
+        return operation.result if operation.action == "read" else ANY
+
     def show(self, state: State) -> str:
         return f"the register holds {state!r}"
 
@@ -107,6 +151,14 @@ class CasRegister(Register):
         if action == "cas":
             return (arguments[1], True) if state == arguments[0] else (state, False)
         return super().apply(state, action, arguments)
+
+    def only_looks(self, operation: Operation) -> bool:
+        return operation.action == "read" or (operation.action == "cas" and operation.result == False)  # noqa: E712
+
+    def needs(self, operation: Operation) -> State:
+        if operation.action == "cas" and operation.result == True:  # noqa: E712
+            return operation.arguments[0]
+        return super().needs(operation)
 
 
 class KeyValue(Model):
@@ -134,6 +186,19 @@ class KeyValue(Model):
         if action == "delete":
             return rest, entry is not None
         return rest | {(key, arguments[1])}, action == "put_new" or entry is not None
+
+    def only_looks(self, operation: Operation) -> bool:
+        return operation.action == "get" or (operation.action != "put" and operation.result == False)  # noqa: E712
+
+    def leaves(self, operation: Operation) -> State:
+        if operation.action == "put":
+            return frozenset([operation.arguments])
+        return frozenset() if operation.action == "delete" else ANY
+
+    def needs(self, operation: Operation) -> State:
+        if operation.action != "get":
+            return ANY
+        return frozenset() if operation.result is None else frozenset([(operation.arguments[0], operation.result)])
 
     def key(self, operation: Operation) -> Hashable:
         return operation.arguments[0]
@@ -168,6 +233,9 @@ class NamedActors(Model):
             return (state | {arguments}, True) if live is None else (state, False)
         return (state - {live}, True) if live == arguments else (state, False)
 
+    def only_looks(self, operation: Operation) -> bool:
+        return operation.action == "get" or operation.result == False  # noqa: E712
+
     def key(self, operation: Operation) -> Hashable:
         return operation.arguments[0]
 
@@ -185,8 +253,8 @@ class NamedActors(Model):
 class ExactlyOnceCounter(Model):
     """`increment(client, sequence, amount)` → the total after it; `read()` → the total.
 
-    Each client numbers its requests upwards. One that comes again is answered as the first time and changes nothing; one
-    with a lower number than the client's last is answered STALE and changes nothing. Each attempt is an
+    Each client numbers its requests upwards. One that comes again is answered as the first time and changes nothing;
+    one with a lower number than the client's last is answered STALE and changes nothing. Each attempt is an
     operation of its own.
     """
 
@@ -211,6 +279,9 @@ class ExactlyOnceCounter(Model):
             sessions -= {last}
         total += amount
         return (total, sessions | {(client, sequence, total)}), total
+
+    def only_looks(self, operation: Operation) -> bool:
+        return operation.action == "read" or operation.result == STALE
 
     def show(self, state: State) -> str:
         assert isinstance(state, tuple)
@@ -252,6 +323,9 @@ class FifoQueue(Model):
             return (*state, arguments[0]), None
         return (state[1:], state[0]) if state else (state, None)
 
+    def only_looks(self, operation: Operation) -> bool:
+        return operation.action == "get" and operation.result is None
+
     def show(self, state: State) -> str:
         assert isinstance(state, tuple)
         shown = ", ".join(map(repr, state[:8])) + ", …" * (len(state) > 8)
@@ -285,6 +359,9 @@ class SetOfValues(Model):
         if (value in state) == (action == "add"):
             return state, False
         return (state | {value} if action == "add" else state - {value}), True
+
+    def only_looks(self, operation: Operation) -> bool:
+        return operation.action in ("has", "members") or operation.result == False  # noqa: E712
 
     def key(self, operation: Operation) -> Hashable:
         return WHOLE if operation.action == "members" else operation.arguments[0]

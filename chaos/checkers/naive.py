@@ -1,7 +1,7 @@
 """The naive twin of the linearizability checker: tries all orders, one after another.
 
-Role: pure, for tests. It is written to be seen to be right: no memory of what was tried, no parts, no bitmasks. It takes
-time that grows with the factorial of the operations that overlap, so it is for a dozen of them.
+Role: pure, for tests. It is written to be seen to be right: no memory of what was tried, no parts, no bitmasks. It
+takes time that grows with the factorial of the operations that overlap, so it is for a dozen of them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def is_linearizable(history: Iterable[Operation], model: Model) -> bool:
 
 
 def _can_go_on(left: list[Operation], model: Model, state: State) -> bool:
-    """Whether those that are left can be put in an order, from this state on. Those without an answer may be left over."""
+    """Whether those that are left have an order, from this state on. Those without an answer may be left out."""
     if all(each.unknown for each in left):
         return True
     for next_one in left:

@@ -1,19 +1,20 @@
 """The search for an order: Wing and Gong's, with Lowe's memory of what was tried.
 
-Role: pure. A *configuration* is what an order so far amounts to: the set of operations in it, and the state they lead to.
-From each one, the search goes on with any operation that was invoked before the first answer that is still to be
+Role: pure. A *configuration* is what an order so far amounts to: the set of operations in it, and the state they lead
+to. From each one, the search goes on with any operation that was invoked before the first answer that is still to be
 placed. When none fits, it goes back. A history of n operations that overlap little takes about n steps.
 
 What keeps it small, and why it is right
-- *Memory*: two orders with equal configurations have equal futures, so a configuration is entered once. The set is kept as
-  the count of leading operations that are all in it (by invocation) and a bitmask of those behind: as wide as operations
-  overlap, not as the history is long.
+- *Memory*: two orders with equal configurations have equal futures, so a configuration is entered once. The set is
+  kept as the count of leading operations that are all in it (by invocation) and a bitmask of those behind: as wide as
+  operations overlap, not as the history is long.
 - *Operations without an answer* may be left out. They are tried after all others have been, the latest first: most of
-  them explain nothing. With the same operations done and the same state, an order that used up fewer of them can
-  do all that one that used up more can (dominance); those that change nothing are never needed; of equal ones, the
-  earliest goes first.
-- *What changes nothing goes at once*: an operation whose result fits and which leaves the state as it is (a read) can be
-  moved to here from any later place of any order, so no alternative has to be tried.
+  them explain nothing. One that wipes out the state (a write) is tried only if something that could not come before
+  may come right after it, as the model's hints tell. With the same operations done and the same state, an order that used up fewer of them can
+  do all that one that used up more can (dominance); those that change nothing are never needed, nor those whose
+  effect the next unanswered one wipes out; of equal ones, the earliest goes first.
+- *What only looks goes at once*: an operation that with its result can never change anything (a read, a refused
+  compare-and-set) can be moved to here from any later place of any order, if it fits here. No alternative is tried.
 
 Rejected: recursion (histories are longer than the stack is deep); one bitmask over the whole history (10,000
 configurations of 10,000 bits); a step limit inside the models (they are the user's).
@@ -28,7 +29,7 @@ from enum import Enum
 from typing import TypeAlias
 
 from chaos.checkers.history import Operation
-from chaos.checkers.models import Model, State
+from chaos.checkers.models import ANY, Model, ModelError, State
 
 DEAD_ENDS_MAX = 4
 """How many states are kept of those in which the furthest answer could not be placed."""
@@ -65,7 +66,7 @@ Memory: TypeAlias = dict[Configuration, list[int]]
 
 
 def timeline(operations: Sequence[Operation]) -> list[tuple[int, bool]]:
-    """The ends of the operations in time: (index, whether it is the invocation). At equal times invocations come first."""
+    """The ends of the operations in time: (index, whether it is the invocation). At equal times invocations lead."""
     events = []
     for index, each in enumerate(operations):
         events.append((each.invoked_ms, 0, index))
@@ -76,7 +77,7 @@ def timeline(operations: Sequence[Operation]) -> list[tuple[int, bool]]:
 
 
 def memory_key(first: int, behind: int, state: State) -> Configuration:
-    """A configuration without its unanswered operations: the first ones are all in it, the mask says which behind them."""
+    """A configuration without its unanswered operations: all the first ones are in it, and those in the mask behind."""
     return first, behind, state
 
 
@@ -94,9 +95,18 @@ def is_known(memory: Memory, key: Configuration, used: int) -> bool:
     return False
 
 
-def settled(state: State, following: State) -> bool:
-    """Whether an operation that fits leaves the state as it is, so that nothing else has to be tried in its place."""
-    return bool(state == following)
+def settled(model: Model, operation: Operation, state: State, following: State) -> bool:
+    """Whether an operation that fits can go at once, so that nothing else has to be tried in its place.
+
+    That it changes nothing *here* is not enough: a write of the value that is there already may be needed later.
+    """
+    looks = model.only_looks(operation)
+    if looks and state != following:
+        raise ModelError(
+            f"{type(model).__name__}.only_looks says that {operation} changes nothing, but when {model.show(state)}, "
+            "apply changes the state: correct the model"
+        )
+    return looks
 
 
 class Problem:
@@ -106,8 +116,8 @@ class Problem:
     """
 
     __slots__ = (
-        "answered", "bits", "call_of", "invocations", "is_call", "model", "of_event", "operations", "rank", "return_of",
-        "twin", "unanswered",
+        "answered", "bits", "call_of", "invocations", "is_call", "leaves", "model", "needs", "of_event", "operations",
+        "rank", "return_of", "twin", "unanswered",
     )  # fmt: skip
 
     def __init__(self, operations: Sequence[Operation], model: Model) -> None:
@@ -126,10 +136,10 @@ class Problem:
         self.bits = [0] * len(operations)
         self.twin = [0] * len(operations)
         """For an unanswered operation, the bit of the latest equal one before it."""
+        self.leaves = [model.leaves(each) for each in operations]
+        self.needs = [ANY if each.completed_ms is None else model.needs(each) for each in operations]
         equal: dict[Hashable, int] = {}
-        event = 0
-        for index, call in timeline(operations):
-            event += 1
+        for event, (index, call) in enumerate(timeline(operations), 1):
             each = operations[index]
             if call and each.completed_ms is None:
                 self.call_of[index] = event
@@ -198,18 +208,51 @@ class _Walk:
             event = self.after[event]
         return event
 
-    def choices(self) -> Iterator[int]:
+    def choices(self, state: State, used: int, after_unanswered: bool) -> Iterator[int]:
         """What may come next: everything invoked before the first answer, the unanswered after all others.
 
-        It may be left and resumed, when the list is as it was.
+        It may be left and resumed, when the list is as it was. The arguments say where the search stands, and whether
+        the last operation of the order has no answer.
         """
         problem, after = self.problem, self.after
+        leaves = problem.leaves
         event = after[0]
         while problem.is_call[event]:
             yield problem.of_event[event]
             event = after[event]
-        for position in range(bisect_left(problem.invocations, event) - 1, -1, -1):
-            yield problem.unanswered[position]
+        fresh = [
+            index
+            for index in problem.unanswered[: bisect_left(problem.invocations, event)]
+            if not problem.bits[index] & used
+        ]
+        if not fresh:
+            return
+        # Those that wipe out the state are of use if the next one is another unanswered one that does not,
+        # or an answered one that does not come to the same without them.
+        needed: set[State] | None = None
+        if not after_unanswered and all(leaves[index] is not ANY for index in fresh):
+            needed = self._needed(state)
+        for index in reversed(fresh):
+            if leaves[index] is ANY or not (after_unanswered or (needed is not None and leaves[index] not in needed)):
+                yield index
+
+    def _needed(self, state: State) -> set[State] | None:
+        """The states that an unanswered operation would have to leave, so that an answered one fits; None: any."""
+        problem, event = self.problem, self.after[0]
+        needed = set()
+        while problem.is_call[event]:
+            index = problem.of_event[event]
+            if problem.needs[index] is not ANY:
+                needed.add(problem.needs[index])
+            elif problem.leaves[index] is ANY:
+                return None
+            else:
+                operation = problem.operations[index]
+                _, result = problem.model.apply(state, operation.action, operation.arguments)
+                if not problem.model.agrees(operation, result):
+                    return None
+            event = self.after[event]
+        return needed
 
 
 def search(problem: Problem, start: State, steps_max: int, used: int = 0, limit: int | None = None) -> Found:
@@ -231,30 +274,33 @@ def search(problem: Problem, start: State, steps_max: int, used: int = 0, limit:
     path: list[tuple[int, State, int, int, int, bool, Iterator[int]]] = []
     steps = furthest = 0
     states: list[State] = []
-    choices = walk.choices()
+    choices = walk.choices(state, used, False)
 
     while left:
         entered = in_vain = False
         for index in choices:
             bit = bits[index]
-            if bit & used or twin[index] & ~used:
+            if twin[index] & ~used:
                 continue
             if steps >= steps_max:
                 return Found(Verdict.UNDECIDED, steps, [], problem.of_event[furthest] if furthest else None, states)
             steps += 1
             operation = operations[index]
             following, result = model.apply(state, operation.action, operation.arguments)
-            same = settled(state, following)
             # Without an answer, only what it does to the state counts.
-            if same if bit else not model.agrees(operation, result):
+            if state == following if bit else not model.agrees(operation, result):
                 continue
+            if bit and path and bits[path[-1][0]]:
+                steps += 1
+                if model.apply(path[-1][1], operation.action, operation.arguments)[0] == following:
+                    continue  # the unanswered one before it would have been for nothing
             first_then, behind_then = first, behind
             if not bit:
                 behind_then |= 1 << (rank[index] - first)
                 while behind_then & 1:
                     behind_then >>= 1
                     first_then += 1
-            forced = same and not bit
+            forced = not bit and settled(model, operation, state, following)
             if is_known(memory, memory_key(first_then, behind_then, following), used | bit):
                 if forced:
                     in_vain = True  # all that could be done from here was tried from there
@@ -265,7 +311,7 @@ def search(problem: Problem, start: State, steps_max: int, used: int = 0, limit:
             if not bit:
                 left -= return_of[index] <= limit
                 walk.take(index)
-            choices = walk.choices()
+            choices = walk.choices(state, used, bit > 0)
             entered = True
             break
         if entered:

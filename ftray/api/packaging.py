@@ -6,7 +6,8 @@ since it was packed is not packed again: a walk over its names, sizes and times 
 
 Rules:
 - Symbolic links are followed, as far as they do not lead in circles; sockets, pipes and devices are left out, with a
-  warning. What can't be read is an error that names it.
+  warning. What can't be read is an error that names it. What vanishes meanwhile is not there: programs that are running
+  write and delete.
 - Left out are `LEFT_OUT`, what `.gitignore` files say, and `excludes`, which has the last word.
 - The environment may be used when this returns: the control service has acknowledged its packages.
 
@@ -35,7 +36,7 @@ from ftray.gcs.state.commands import KvPut
 from ftray.gcs.state.packages import PACKAGES, USERS
 from ftray.ids import content_hash
 from ftray.ownership.tasks import FunctionInfo
-from ftray.raylet.packages import CHUNK_BYTES, Manifest, PackageError, check_members, chunk_key, package_uri
+from ftray.raylet.packages import CHUNK_BYTES, DEPTH_MAX, Manifest, PackageError, check_members, chunk_key, package_uri
 from ftray.runtime_env import PACKAGE_URI, RuntimeEnv, decode, encode, merge
 from ftray.worker.core import Core
 from ftray.worker.objects import Answer
@@ -200,19 +201,31 @@ class _Walk:
         self.unreadable: list[str] = []
         self.first = [Rules("", LEFT_OUT)]
         self.last = [Rules("", excludes)]
-        self._folder(root, "", [], (os.path.realpath(root),))
+        self._ahead: list[tuple[str, str, list[Rules], tuple[str, ...]]] = [(root, "", [], (os.path.realpath(root),))]
+        """Folders to read. A list, since calls nested as deeply could be too many for the caller's stack."""
+        while self._ahead:
+            self._folder(*self._ahead.pop())
 
     def _folder(self, path: str, inner: str, rules: list[Rules], above: tuple[str, ...]) -> None:
         try:
-            entries = sorted(os.scandir(path), key=lambda entry: entry.name)
-            if self.gitignore and any(entry.name == ".gitignore" and entry.is_file() for entry in entries):
+            with os.scandir(path) as found:
+                entries = sorted(found, key=lambda entry: entry.name)
+        except OSError as error:
+            if not inner or not isinstance(error, FileNotFoundError):
+                self.unreadable.append(f"{inner or '.'} ({error.strerror})")
+            return
+        if self.gitignore and any(entry.name == ".gitignore" and entry.is_file() for entry in entries):
+            try:
                 with open(os.path.join(path, ".gitignore"), encoding="utf-8", errors="surrogateescape") as file:
                     rules = [*rules, Rules(inner, file.read(1 << 20).splitlines())]
-        except OSError as error:
-            self.unreadable.append(f"{inner or '.'} ({error.strerror})")
-            return
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                self.unreadable.append(f"{inner}.gitignore ({error.strerror})")
+        before = len(self._ahead)
         for entry in entries:
             self._entry(entry, inner + entry.name, rules, above)
+        self._ahead[before:] = reversed(self._ahead[before:])
 
     def _entry(self, entry: os.DirEntry[str], inner: str, rules: list[Rules], above: tuple[str, ...]) -> None:
         # As git sees it, a link to a folder is no folder; but it is one to who excludes it.
@@ -229,16 +242,21 @@ class _Walk:
         except OSError as error:
             if entry.is_symlink():
                 self.odd.append(f"{inner} (a link to nothing)")
-            else:
+            elif not isinstance(error, FileNotFoundError):
                 self.unreadable.append(f"{inner} ({error.strerror})")
             return
         if is_dir:
-            real = os.path.realpath(entry.path)
+            real = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(above[-1], entry.name)
             if real in above:
                 self.odd.append(f"{inner} (a link to a folder above it)")
                 return
             self.members.append(Member(inner + "/", entry.path, True, False, 0, 0, 0))
-            self._folder(entry.path, inner + "/", rules, (*above, real))
+            if len(above) > DEPTH_MAX:
+                raise RuntimeEnvSetupError(
+                    f"{self.field}: {self.root} has folders nested more deeply than {DEPTH_MAX}, such as {inner[:80]}"
+                    "...: leave them out with `excludes`"
+                )
+            self._ahead.append((entry.path, inner + "/", rules, (*above, real)))
         elif stat.S_ISREG(status.st_mode):
             self.total += status.st_size
             executable = bool(status.st_mode & 0o111)
@@ -321,6 +339,8 @@ def _zip(field: str, full: str, prefix: str, members: tuple[Member, ...], bytes_
             try:
                 with open(os.open(member.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
                     data = file.read(bytes_max - total + 1)
+            except FileNotFoundError:
+                continue
             except OSError as error:
                 unreadable.append(f"{member.name} ({error.strerror})")
                 continue

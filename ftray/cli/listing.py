@@ -84,6 +84,7 @@ def _show_pending(answer: dict[str, Any]) -> None:
     from rich.console import Console
 
     from ftray.cli.status import table
+    from ftray.ids import short_object
 
     console = Console()
     for row in answer["blocked"]:
@@ -95,7 +96,7 @@ def _show_pending(answer: dict[str, Any]) -> None:
     if answer["rows"]:
         rows = table("task", "owner", "name", "attempt", "waits")
         for row in answer["rows"]:
-            rows.add_row(row["task_id"][:24], row["owner"], row["name"], str(row["attempt"]), row["waits"])
+            rows.add_row(short_object(row["task_id"]), row["owner"], row["name"], str(row["attempt"]), row["waits"])
         console.print(rows)
     else:
         console.print("nothing is pending")

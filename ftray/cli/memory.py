@@ -74,6 +74,7 @@ def _show(report: dict[str, Any]) -> None:
     from rich.console import Console
 
     from ftray.cli.status import size, table
+    from ftray.ids import short_object
 
     console = Console(width=None if sys.stdout.isatty() else FILE_COLUMNS)
     store = report["store"]
@@ -105,7 +106,7 @@ def _show(report: dict[str, Any]) -> None:
         objects = table("object", "size", "where", "owner", "held by")
         for row in report["objects"]:
             why = "\n".join(map(_holder, row["holders"]))
-            objects.add_row(row["object_id"][:16] + "..", size(row["size_bytes"]), row["where"], row["owner"], why)
+            objects.add_row(short_object(row["object_id"]), size(row["size_bytes"]), row["where"], row["owner"], why)
         console.print(objects)
         if report["objects_total"] > len(report["objects"]):
             console.print(f"and {report['objects_total'] - len(report['objects'])} more (-n shows them)")
@@ -114,7 +115,7 @@ def _show(report: dict[str, Any]) -> None:
     kept, reachable = size(report["pinned_bytes"]), size(report["reachable_bytes"])
     console.print(f"primary copies: {kept} kept, {reachable} reachable by their owners")
     for problem in report["problems"]:
-        what = f"{problem['object_id'][:16]}.., {size(problem['size_bytes'])}"
+        what = f"{short_object(problem['object_id'])}, {size(problem['size_bytes'])}"
         console.print(f"[red]{problem['kind']}[/]: {what}: {problem['text']}")
 
 

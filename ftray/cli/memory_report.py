@@ -24,6 +24,7 @@ def build(answer: Mapping[str, Any]) -> dict[str, Any]:
     processes = {row["worker_id"]: row for row in answer["processes"]}
     known = {worker_id: row["answer"] for worker_id, row in processes.items() if row["answer"] is not None}
     stored = {worker_id: set(said["stored"]) for worker_id, said in known.items()}
+    expected = {worker_id: set(said.get("expected", ())) for worker_id, said in known.items()}
     pinned = {worker_id: set(said["pinned"]) for worker_id, said in known.items()}
     holders: dict[str, dict[str, dict[str, Any]]] = {}
     sizes: dict[str, dict[str, Any]] = {}
@@ -63,7 +64,7 @@ def build(answer: Mapping[str, Any]) -> dict[str, Any]:
             problems.append(_problem("unreachable", row, f"its owner {owner[:12]} is gone"))
         elif owner not in stored:
             reachable_bytes += row["size"]  # the owner has not answered: it may well know it
-        elif object_id in stored[owner]:
+        elif object_id in stored[owner] or object_id in expected[owner]:
             reachable_bytes += row["size"]
         else:
             problems.append(_problem("unreachable", row, f"its owner {name_of(processes[owner])} does not know it"))

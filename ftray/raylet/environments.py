@@ -21,7 +21,6 @@ import functools
 import json
 import logging
 import os
-import shutil
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -32,6 +31,7 @@ import msgspec
 from ftray.gcs.state.packages import PACKAGES
 from ftray.gcs.state.tables import KvRecord, Table, kv_key
 from ftray.raylet.packages import Manifest, PackageError, chunk_key, unpack
+from ftray.raylet.session import remove_tree
 from ftray.runtime_env import PACKAGE_URI, RuntimeEnv, decode, encode, key_of
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ class Environments:
             except OSError as error:
                 log.error("cannot remove %s: %s", package.folder, error)
                 continue
-            self._in_thread(functools.partial(shutil.rmtree, old, ignore_errors=True))
+            self._in_thread(functools.partial(remove_tree, old))
             if self._bytes <= limit:
                 return
 

@@ -25,6 +25,8 @@ import msgspec
 from ftray.ids import content_hash
 
 CHUNK_BYTES = 4 << 20
+DEPTH_MAX = 256
+"""Folders in folders: what removes them again is one call deep for each."""
 
 
 class PackageError(ValueError):
@@ -61,6 +63,8 @@ def check_members(archive: zipfile.ZipFile, bytes_max: int) -> None:
         parts = name.split("/")
         if name.startswith("/") or ".." in parts or "\0" in name:
             raise PackageError(f"its member {name!r} would lie outside its folder")
+        if len(parts) > DEPTH_MAX + 2:  # the file's own name, and the package's of a folder in `py_modules`
+            raise PackageError(f"its member {name[:40]}... is nested more deeply than {DEPTH_MAX} folders")
         if info.flag_bits & 1:
             raise PackageError(f"its member {name!r} is encrypted")
         kind = stat.S_IFMT(info.external_attr >> 16)

@@ -148,15 +148,15 @@ def clean_session(session_dir: str) -> None:
     for name in ("node.json", "node.json.new", "token"):
         _unlink(os.path.join(session_dir, name))
     for name in ("sockets", "gcs", "environments"):
-        _remove_tree(os.path.join(session_dir, name))
+        remove_tree(os.path.join(session_dir, name))
     spill = os.path.join(session_dir, "spill")
     if os.path.islink(spill):
         target = os.readlink(spill)
         if os.path.basename(target).startswith(_SPILL_PREFIX):
-            _remove_tree(target)
+            remove_tree(target)
         _unlink(spill)
     else:
-        _remove_tree(spill)
+        remove_tree(spill)
 
 
 def spill_elsewhere(session_dir: str, parent: str) -> None:
@@ -178,7 +178,7 @@ def clean_dead_sessions(root: str, kept: int = SESSIONS_KEPT) -> None:
     for path in dead:
         clean_session(path)
     for path in dead[kept:]:
-        _remove_tree(path)
+        remove_tree(path)
 
 
 def _is_dead(path: str) -> bool:
@@ -210,17 +210,24 @@ def _unlink(path: str) -> None:
         pass
 
 
-def _remove_tree(path: str) -> None:
-    try:
-        entries = list(os.scandir(path))
-    except OSError:
-        return
-    for entry in entries:
-        if entry.is_dir(follow_symlinks=False):
-            _remove_tree(entry.path)
-        else:
-            _unlink(entry.path)
-    try:
-        os.rmdir(path)
-    except OSError:
-        pass
+def remove_tree(path: str) -> None:
+    """Removes a folder and what is in it, as far as that can be removed. Never raises.
+
+    Without a call for each level: programs may have nested folders more deeply than calls can be.
+    """
+    folders = [path]
+    for folder in folders:  # which grows: what is in a folder comes after it
+        try:
+            entries = list(os.scandir(folder))
+        except OSError:
+            continue
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                folders.append(entry.path)
+            else:
+                _unlink(entry.path)
+    for folder in reversed(folders):
+        try:
+            os.rmdir(folder)
+        except OSError:
+            pass

@@ -47,6 +47,13 @@ def ask_processes(raylet: Raylet, what: str, arguments: dict[str, Any], done: Do
         raylet.asking.ask(clients, "stack", {}, STACK_WAIT_MS, lambda said: _stacks(raylet, said, done))
 
 
+def _runs(raylet: Raylet, client: Client, said: Said) -> str:
+    """A worker knows it better than the node, which knows what it was leased for."""
+    if said.answer is not None and raylet.actors.in_worker(said.worker_id) is None:
+        return str(said.answer.get("running", ""))
+    return raylet.what_it_runs(client)
+
+
 def _process(raylet: Raylet, said: Said) -> dict[str, Any]:
     client: Client | None = raylet.clients.by_id.get(said.worker_id)
     actor = raylet.actors.in_worker(said.worker_id)
@@ -54,7 +61,7 @@ def _process(raylet: Raylet, said: Said) -> dict[str, Any]:
         "worker_id": said.worker_id.hex(),
         "pid": said.pid,
         "kind": "driver" if said.driver else "actor" if actor is not None else "worker",
-        "running": raylet.what_it_runs(client) if client is not None and not said.driver else "",
+        "running": _runs(raylet, client, said) if client is not None and not said.driver else "",
         "job_id": client.job_id.hex() if client is not None else "",
         "error": said.error,
         "answer": said.answer,

@@ -23,6 +23,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from ftray.api.context import cluster_resources
 from ftray.api.lifecycle import init, is_initialized
+from ftray.api.packaging import portable
 from ftray.api.remote_function import RemoteFunction
 from ftray.util.executor_calls import call
 from ftray.util.executor_engine import BrokenFtrayExecutor, Call, CallCrashedError, Engine
@@ -54,9 +55,11 @@ class FtrayExecutor(BaseExecutor):
         `initializer(*initargs)` runs once in each worker process before the first call of this executor there; when it
         raises, the executor breaks. `max_retries` says how often a call runs again after the death of its worker (by
         default as often as any task); with 0 a call runs once at most. The other options are those of `@ftray.remote`
-        for functions (`num_cpus`, `num_gpus`, `memory`, `resources`, `retry_exceptions`, ...), and hold for each call.
+        for functions (`num_cpus`, `num_gpus`, `memory`, `resources`, `retry_exceptions`, `runtime_env`, ...), and hold
+        for each call.
 
-        Raises ValueError and TypeError for wrong arguments, and what `ftray.init()` raises.
+        Raises ValueError and TypeError for wrong arguments, RuntimeEnvSetupError for a `runtime_env` that can't be
+        packed, and what `ftray.init()` raises.
         """
         if max_workers is not None:
             if isinstance(max_workers, bool) or not isinstance(max_workers, int):
@@ -78,7 +81,9 @@ class FtrayExecutor(BaseExecutor):
             cpus = cluster_resources().get("CPU", 1.0)
             max_workers = max(1, int(cpus / needs) if needs else int(cpus))
         self._max_workers = max_workers
-        self._engine = Engine(get_core(), max_workers, initializer, initargs, options)
+        core = get_core()
+        # A folder of `runtime_env` is packed once, now, and not again with each function.
+        self._engine = Engine(core, max_workers, initializer, initargs, portable(options, core))
 
     def __del__(self) -> None:
         engine = getattr(self, "_engine", None)  # missing when the arguments were wrong

@@ -91,7 +91,7 @@ _spare: weakref.WeakKeyDictionary[Core, dict[Any, list[ClassQueue]]] = weakref.W
 
 def _take_class(core: Core, like: ClassQueue, max_workers: int) -> tuple[Any, ClassQueue]:
     """A scheduling class with the needs of `like` that no other executor uses, and the kind it is."""
-    kind = (max_workers, like.retriable, *sorted(like.resources.items()))
+    kind = (max_workers, like.retriable, like.environment, *sorted(like.resources.items()))
     with _spare_lock:
         kinds = _spare.setdefault(core, {})
         spare = kinds.setdefault(kind, [])
@@ -101,6 +101,7 @@ def _take_class(core: Core, like: ClassQueue, max_workers: int) -> tuple[Any, Cl
         key = ("executor", os.urandom(8), kind)
         made = core.submitter.dispatcher.class_for(key, like.resources, like.name, like.retriable)
         made.want_max = min(made.want_max, max_workers)
+        made.environment = like.environment
     return kind, made
 
 

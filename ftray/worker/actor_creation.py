@@ -64,6 +64,8 @@ class ActorCreator:
         """Actors made here and not detached."""
         self.holds: dict[bytes, tuple[bytes, ...]] = {}
         """Actors made here -> the object ids that their constructors' arguments hold."""
+        self.waiting: set[bytes] = set()
+        """Those whose arguments are awaited: the GCS does not know them yet."""
 
     def create(
         self, creation: ActorCreation, register: RegisterActor, deps: Deps, holds: tuple[bytes, ...], wait: bool
@@ -96,7 +98,9 @@ class ActorCreator:
                     left += 1
                     core.objects.hang(object_id, dep, waiter)
             waiter.left = left
-            if not left:
+            if left:
+                self.waiting.add(actor_id)
+            else:
                 waiter.fn()
             core.tick_soon()
             core.settle()
@@ -110,6 +114,10 @@ class ActorCreator:
         """All its arguments are there, or have failed."""
         core = self.core
         actor_id, name = creation.task_id, creation.class_name
+        self.waiting.discard(actor_id)
+        calls = self.actors.calls.get(actor_id)
+        if calls is None or calls.state == DEAD:
+            return  # its last handle went while the arguments were awaited, or it was killed: nobody would end it
         inline: list[bytes] = []
         packed: list[Dependency] = []
         for position, object_id in deps:
@@ -169,6 +177,7 @@ class ActorCreator:
 
     def let_go(self, actor_id: bytes) -> None:
         """No constructor will run again."""
+        self.waiting.discard(actor_id)
         holds = self.holds.pop(actor_id, None)
         if holds:
             self.core.table.remove_submitted(holds)

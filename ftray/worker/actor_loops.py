@@ -83,7 +83,7 @@ class _AsyncMode(BaseMode):
                 executor.replies.fail(link, message, error, started, held, name)
 
     def dispatch(self, executor: Executor, link: Link, message: PushActorTask, payload: Any) -> None:
-        executor.pending.appendleft((link, message, payload))
+        executor.put_back((link, message, payload))
         self.serve(executor)
 
     def _arrived(self, executor: Executor, link: Link, message: PushActorTask, payload: Any) -> None:
@@ -174,10 +174,10 @@ class AsyncioMode(_AsyncMode):
         while (item := executor._next()) is not None:
             link, message, payload = item
             if link is None:
-                executor.pending.appendleft(item)
+                executor.put_back(item)
                 self._loop.stop()
                 return
-            if single is not None and single.running < single.limit:
+            if single is not None and single.running < single.limit and not executor.cancelled:
                 self._start(executor, single, link, message, payload)
             else:
                 self._arrived(executor, link, message, payload)
@@ -265,7 +265,7 @@ class TrioMode(_AsyncMode):
                     continue
                 link, message, payload = item
                 if link is None:
-                    executor.pending.appendleft(item)
+                    executor.put_back(item)
                     return  # the nursery waits for the running calls, and those start the waiting ones
                 self._arrived(executor, link, message, payload)
             self._leave_in_time(executor)

@@ -121,6 +121,9 @@ class ActorClient:
         answer = Answer()
         with core.lock:
             core.drain()
+            if no_restart and actor_id in self.creation.waiting:
+                self._killed(actor_id)
+                return
             core.gcs.command(KillActor(actor_id, no_restart, "killed by ftray.kill"), answer.give)
             core.settle()
         block(core.reactor, answer.waiter, None)
@@ -131,9 +134,12 @@ class ActorClient:
         with core.lock:
             calls = self.calls.get(actor_id)
             if no_restart and not answer.message.code and calls is not None and calls.state != DEAD:
-                error = ActorDiedError("killed by ftray.kill", actor_id=actor_id.hex(), class_name=calls.name)
-                self.dead(actor_id, error)
-                core.settle()
+                self._killed(actor_id)
+
+    def _killed(self, actor_id: bytes) -> None:
+        name = self.calls[actor_id].name
+        self.dead(actor_id, ActorDiedError("killed by ftray.kill", actor_id=actor_id.hex(), class_name=name))
+        self.core.settle()
 
     # --- calls -------------------------------------------------------------------------------------------------------
 

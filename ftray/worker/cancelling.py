@@ -321,7 +321,7 @@ class WorkerCancels:
             if keep:
                 executor.wake()
         generators = executor.replies.generators
-        for task_id, attempt in [key for key in generators.flows if key[0] in asked]:
+        for task_id, attempt in [key for key in tuple(generators.flows) if key[0] in asked]:
             generators.told(StreamRead(task_id, attempt, DROPPED))  # it ends where it stands
         for link, push in dropped:
             del asked[push.task_id]

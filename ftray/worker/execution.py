@@ -186,6 +186,11 @@ class Executor:
         with self.reactor.lock:
             return self.pending.popleft() if self.pending else None
 
+    def put_back(self, item: tuple[Link | None, Any, Any]) -> None:
+        """What `_next` gave is to be taken again. Another thread may be looking through what is pending."""
+        with self.reactor.lock:
+            self.pending.appendleft(item)
+
     def run(self) -> None:
         """The main thread's life. Returns when the worker is to exit; replies are flushed."""
         reactor = self.reactor
@@ -233,7 +238,7 @@ class Executor:
         """The process is about to end: what has been answered is written, as long as its readers go on reading."""
         reactor = self.reactor
         deadline = time.monotonic() + WRITE_OUT_S
-        while any(link.out for link in reactor.links.values()) and time.monotonic() < deadline:
+        while any(link.out for link in tuple(reactor.links.values())) and time.monotonic() < deadline:
             reactor.poll(0.05)
 
     def flush_prints(self) -> None:

@@ -31,7 +31,6 @@ from ftray.wire.messages import (
     STREAMING,
     PushActorTask,
     PushTask,
-    Ref,
     StreamRead,
     TaskReturns,
     TaskYield,
@@ -241,16 +240,7 @@ class Generators:
         index = window.sent
         serialized = serialize(item, f"item {index}")
         size = serialized.size
-        refs: tuple[Ref, ...] = ()
-        if serialized.refs:
-            refs = tuple(ref.wire() for ref in serialized.refs)
-            token = (message.task_id, message.attempt, index)
-            with core.lock:
-                core.drain()
-                if not link.closed:  # else nobody would let go of them
-                    core.table.hand_off(token, [ref.object_id for ref in refs], link.peer.worker_id)
-                    flow.handed_off = True
-                core.settle()
+        refs = tuple(ref.wire() for ref in serialized.refs)
         if size <= core.config.inline_bytes_max:
             data = serialized.to_bytes()
             value = Value(INLINE, size, b"", refs)
@@ -259,6 +249,14 @@ class Generators:
             core.objects.write(object_id, serialized, link.peer.worker_id, keep=False)
             data = b""
             value = Value(IN_STORE, size, core.node_id, refs)
+        if refs:  # after all that may fail or be interrupted: nobody would let go of them
+            token = (message.task_id, message.attempt, index)
+            with core.lock:
+                core.drain()
+                if not link.closed:
+                    core.table.hand_off(token, [ref.object_id for ref in refs], link.peer.worker_id)
+                    flow.handed_off = True
+                core.settle()
         window.yielded(size)
         reactor = self.reactor
         with reactor.lock:

@@ -133,12 +133,8 @@ class TaskInterrupts:
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         wanted, running = self.wanted, self.executor.running
-        if not wanted:
-            return
-        if running is None or running.task_id != wanted:
-            self.wanted = b""
-            return
-        if not self._in_task(frame):
+        # A late signal changes nothing: what is wanted may have become the next task since it was read here.
+        if not wanted or running is None or running.task_id != wanted or not self._in_task(frame):
             return
         self.wanted = b""
         handler = signal.getsignal(signal.SIGINT)

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from ftray.ids import return_id, short_object
 from ftray.ownership.reference_audit import reasons
 from ftray.ownership.tasks import TaskRecord
 from ftray.worker import waiting
@@ -106,10 +107,28 @@ def _references(core: Core, limit: int) -> dict[str, Any]:
             }
         )
     pinned = [object_id.hex() for object_id in core.objects.pins]
-    return {"totals": totals, "rows": rows, "stored": stored, "pinned": pinned}
+    # A task that runs again may have stored its results before: they are known here, but not yet as ready.
+    expected = [
+        return_id(task.task_id, index).hex()
+        for task, _ in _pending_tasks(core)
+        if task.attempt
+        for index in range(max(1, task.num_returns))
+    ]
+    return {"totals": totals, "rows": rows, "stored": stored, "pinned": pinned, "expected": expected}
 
 
 # --- what is pending --------------------------------------------------------------------------------------------------
+
+
+def _is_pending(core: Core, object_id: bytes) -> bool:
+    entry = core.entries.get(object_id)
+    return entry is not None and entry.state == waiting.PENDING
+
+
+def _waits_for(missing: list[bytes]) -> str:
+    more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+    plural = "" if len(missing) == 1 else "s"
+    return f"waits for {len(missing)} argument{plural}: {', '.join(map(short_object, missing[:3]))}{more}"
 
 
 def _pending_tasks(core: Core) -> Iterator[tuple[TaskRecord, str]]:
@@ -118,9 +137,8 @@ def _pending_tasks(core: Core) -> Iterator[tuple[TaskRecord, str]]:
         for index, task in enumerate(lease.inflight.values()):
             yield task, f"{'running on' if not index else 'queued at'} worker pid {lease.pid}"
     for task in submitter.unfinished.values():
-        missing = [x for _, x in task.deps if (e := core.entries.get(x)) is not None and e.state == waiting.PENDING]
-        names = ", ".join(x.hex()[:12] + ".." for x in missing[:3]) + (" and more" if len(missing) > 3 else "")
-        yield task, f"waits for {len(missing)} arguments: {names}"
+        missing = [x for _, x in task.deps if _is_pending(core, x)]
+        yield task, _waits_for(missing)
     for task in submitter.oom.resting.values():
         yield task, "rests after its worker was ended for want of memory"
     for cls in submitter.dispatcher.by_id.values():
@@ -133,7 +151,7 @@ def _pending_tasks(core: Core) -> Iterator[tuple[TaskRecord, str]]:
             yield task, "running or queued in the actor"
         for task in calls.queue:
             if task.deps_left:
-                yield task, f"waits for {task.deps_left} arguments"
+                yield task, _waits_for([x for _, x in task.deps if _is_pending(core, x)])
             else:
                 yield task, f"waits for the actor ({calls.state.lower()})"
 
@@ -150,12 +168,12 @@ def _pending(core: Core, limit: int) -> dict[str, Any]:
         total += len(calls.inflight) + len(calls.queue)
     blocked = []
     for waits, hung in list(core.objects.waits.values()):
-        missing = [x for x in hung if (e := core.entries.get(x)) is not None and e.state == waiting.PENDING]
+        missing = [x for x in hung if _is_pending(core, x)]
         blocked.append(
             {
                 "call": waits,
                 "objects": len(missing),
-                "waits": [f"{x.hex()[:12]}..: {core.submitter.describe(x)}" for x in missing[:5]],
+                "waits": [f"{short_object(x)}: {core.submitter.describe(x)}" for x in missing[:5]],
             }
         )
     return {"rows": rows, "total": max(total, len(rows)), "blocked": blocked}

@@ -23,7 +23,7 @@ from ftray.exceptions import (
     OwnerDiedError,
     TaskError,
 )
-from ftray.ids import PUT_INDEX, return_id, short
+from ftray.ids import PUT_INDEX, return_id, short_object
 from ftray.ownership.references import Entry
 from ftray.wire.messages import (
     ERROR,
@@ -269,7 +269,7 @@ class ObjectPlane(StoreClient):
         core = self.core
         with core.lock:
             left = [x for x in object_ids if (e := core.entries.get(x)) is not None and e.state == PENDING]
-            lines = [f"  {short(x)}: {core.submitter.describe(x)}" for x in left[:5]]
+            lines = [f"  {short_object(x)}: {core.submitter.describe(x)}" for x in left[:5]]
         more = f"\n  and {len(left) - 5} more" if len(left) > 5 else ""
         head = f"{len(left)} of the objects were not ready within {timeout_s} s; waiting for:\n"
         return head + "\n".join(lines) + more

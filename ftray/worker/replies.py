@@ -101,7 +101,8 @@ class Replies:
         parts: list[bytes] = []
         kept: list[tuple[Any, list[bytes]]] = []
         limit = core.config.inline_bytes_max
-        # All are serialised before any is written or handed off: one that cannot be must not leave the others' holds.
+        # All are serialised before any is written, and all written before any is handed off: one that cannot be, or an
+        # interrupt while the store makes room, must not leave holds of others that nobody would let go of.
         packed = [
             serialize(item, "return value" if count == 1 else f"return value {index}")
             for index, item in enumerate(results)
@@ -119,12 +120,13 @@ class Replies:
                 object_id = return_id(message.task_id, index)
                 core.objects.write(object_id, serialized, link.peer.worker_id, keep=False)
                 values.append(Value(IN_STORE, serialized.size, core.node_id, refs))
-            if kept:
-                with core.lock:
-                    core.drain()
-                    token, ids = kept.pop()
-                    core.table.hand_off(token, ids, link.peer.worker_id)
-                held = True
+        if kept:
+            with core.lock:
+                core.drain()
+                if not link.closed:  # else the caller's death may have been told already
+                    for token, ids in kept:
+                        core.table.hand_off(token, ids, link.peer.worker_id)
+            held = True
         results.clear()
         packed.clear()
         serialized = None  # type: ignore[assignment]

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ftray.exceptions import GetTimeoutError, ObjectLostError, ObjectStoreFullError, OutOfDiskError
+from ftray.exceptions import GetTimeoutError, ObjectLostError, ObjectStoreFullError, OutOfDiskError, OwnerDiedError
 from ftray.store.spill_io import SpillDamagedError, read_file
 from ftray.wire.messages import (
     AbortObject,
@@ -211,8 +211,7 @@ class StoreClient:
                 elif offset == -2:
                     files[object_id] = *answer.files[index], size
                 else:
-                    why = answer.lost.get(index, "it is not in this node's store any more")
-                    lost = lost or ObjectLostError(object_id.hex(), why, node_id=core.node_id.hex())
+                    lost = lost or self._lost(object_id, answer.lost.get(index, ""))
             for index, pin in enumerate(found):
                 found[index] = pin or self._view(object_ids[index])
             if lost is not None:
@@ -223,6 +222,15 @@ class StoreClient:
         if lost is not None:
             raise lost
         return found, files
+
+    def _lost(self, object_id: bytes, why: str) -> ObjectLostError:
+        """Why an object that is ready is not in the store, under the lock."""
+        entry = self.core.entries.get(object_id)
+        if not why and entry is not None and entry.owner is not None:  # held here, so only its owner's death frees it
+            owner = entry.owner.hex()
+            return OwnerDiedError(object_id.hex(), f"at {entry.owner_endpoint}: it is gone", owner=owner)
+        why = why or "it is not in this node's store any more"
+        return ObjectLostError(object_id.hex(), why, node_id=self.core.node_id.hex())
 
     def _view(self, object_id: bytes) -> Pin | None:
         """Counts a view of what is pinned already, under the lock."""

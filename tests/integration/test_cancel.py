@@ -414,8 +414,8 @@ def test_by_a_borrower(tmp_path: Path) -> None:
     refs = [holding.remote(str(tmp_path), number) for number in range(2)]
     queued = pid_of_worker.options(resources={"nowhere": 1}).remote()
     actor = ftray.remote(Plain).remote()
-    call = actor.stay.remote(str(tmp_path / "call"))
     (tmp_path / "call").mkdir()
+    call = actor.stay.remote(str(tmp_path / "call"))
     pids = [begun(tmp_path, number) for number in range(2)]
     ftray.get(cancel.remote([refs[0], queued], False), timeout=GET_S)
     check_cancelled(refs[0], "holding")

@@ -121,7 +121,7 @@ class TestPending:
         waiter.start()
         answer = wait_until(lambda: (a := cli(monkeypatch, session, "list", "pending"))["blocked"] and a)
         names = {row["name"]: row["waits"] for row in answer["rows"]}
-        assert "running on worker" in names["wait_on"] and "waits for 1 arguments" in names["Keeper.keep"]
+        assert "running on worker" in names["wait_on"] and "waits for 1 argument: " in names["Keeper.keep"]
         assert answer["blocked"][0]["call"] == "wait"
         assert "Keeper.keep" in answer["blocked"][0]["waits"][0]
         ftray.cancel(first, force=True)

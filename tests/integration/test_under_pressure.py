@@ -11,6 +11,7 @@ import pytest
 from integration.harness import wait_until
 
 import ftray
+from ftray.api.context import ask_raylet
 from ftray.exceptions import OwnerDiedError
 
 SESSION = {"num_cpus": 2, "object_store_memory": 32 << 20}
@@ -25,6 +26,15 @@ def make(n: int) -> Any:
 class Owner:
     def put(self, n: int) -> list[Any]:
         return [ftray.put(i) for i in range(n)]
+
+    def pid(self) -> int:
+        return os.getpid()
+
+
+@ftray.remote
+class LargeOwner:
+    def put(self, n: int) -> list[Any]:
+        return [ftray.put(np.zeros(n, dtype=np.uint8))]
 
     def pid(self) -> int:
         return os.getpid()
@@ -52,3 +62,14 @@ def test_get_of_what_an_owner_known_to_be_dead_owned_fails_at_once(session: Any)
     for some in (refs[:1], refs[1:2], refs[2:]):  # the first time it finds out, then it knows
         with pytest.raises(OwnerDiedError):
             ftray.get(reader.read.remote(some), timeout=20)
+
+
+def test_a_large_object_whose_owner_died_says_so(session: Any) -> None:
+    """Ready or not, in the store or not: the reason is the owner's death."""
+    owner = LargeOwner.remote()
+    (ref,) = ftray.get(owner.put.remote(3 << 20))
+    ftray.wait([ref])
+    os.kill(ftray.get(owner.pid.remote()), signal.SIGKILL)
+    wait_until(lambda: not ask_raylet("memory")["objects"], what="the object is gone")
+    with pytest.raises(OwnerDiedError):
+        ftray.get(ref, timeout=20)

@@ -93,3 +93,11 @@ def test_only_what_both_looks_find_is_confirmed() -> None:
     first = build(answer(process(DRIVER, "driver"), objects=(stored("a"), stored("b"))))
     second = build(answer(process(DRIVER, "driver", reference("a")), objects=(stored("a"), stored("b"), stored("c"))))
     assert [each["object_id"] for each in confirmed(first, second)["problems"]] == ["b"]
+
+
+def test_the_result_of_an_attempt_that_failed_is_known_to_who_runs_it_again() -> None:
+    """A worker that dies after it has stored its result, and before it could say so, leaves that to the next attempt."""
+    owner = process(DRIVER, "driver", reference("a", state="pending", size=0))
+    owner["answer"]["expected"] = ["a"]
+    report = build(answer(owner, objects=(stored("a"),)))
+    assert report["problems"] == [] and report["reachable_bytes"] == report["pinned_bytes"] == 100

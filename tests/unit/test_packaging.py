@@ -15,6 +15,7 @@ import subprocess
 import sys
 import types
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from random import Random
 
@@ -24,7 +25,7 @@ from ftray.api import packaging
 from ftray.api.ignoring import Rules, left_out
 from ftray.exceptions import RuntimeEnvSetupError
 from ftray.ids import content_hash
-from ftray.raylet.packages import Manifest, PackageError, package_uri, unpack
+from ftray.raylet.packages import DEPTH_MAX, Manifest, PackageError, package_uri, unpack
 from ftray.runtime_env import PACKAGE_URI, RuntimeEnv
 
 LIMIT = 1 << 20
@@ -125,6 +126,40 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
         pass
     with pytest.raises(RuntimeEnvSetupError, match="its name is not UTF-8"):
         pack(folder)
+
+
+def test_folders_in_folders_have_an_end(tmp_path: Path) -> None:
+    """Removing them would fail where they are unpacked, and leave them there."""
+    deepest = tmp_path / "folder" / "/".join("d" * DEPTH_MAX)
+    put(deepest, "file")
+    data = pack(tmp_path / "folder", prefix="pkg/")
+    assert names(data) == ["pkg/" + "d/" * DEPTH_MAX + "file"]
+    unpack(data, content_hash(data), str(tmp_path / "out"), LIMIT, lambda: False)
+    put(deepest, "one/more")
+    with pytest.raises(RuntimeEnvSetupError, match="nested more deeply than 256, such as d/d/.*excludes"):
+        pack(tmp_path / "folder")
+    sink = io.BytesIO()
+    with zipfile.ZipFile(sink, "w") as archive:
+        archive.writestr("d/" * 3000 + "file", "")
+    data = sink.getvalue()
+    with pytest.raises(PackageError, match="nested more deeply than 256 folders"):
+        unpack(data, content_hash(data), str(tmp_path / "bad"), LIMIT, lambda: False)
+
+
+def test_what_vanishes_while_it_is_packed_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = put(tmp_path / "folder", "a.py", "gone/x", "gone/y", "late.tmp", "sub/.gitignore", "sub/b.py")
+    real = packaging.left_out
+
+    def look(rules: Iterable[Rules], path: str, is_dir: bool) -> bool:
+        # Between being listed and being looked at, or read.
+        if path == "gone":
+            shutil.rmtree(folder / "gone")
+        elif path == "sub/b.py":
+            (folder / "late.tmp").unlink()
+        return real(rules, path, is_dir)
+
+    monkeypatch.setattr(packaging, "left_out", look)
+    assert names(pack(folder)) == ["a.py", "sub/.gitignore", "sub/b.py"]
 
 
 def test_a_folder_that_is_too_large_says_what_is_large(tmp_path: Path) -> None:

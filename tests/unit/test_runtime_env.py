@@ -56,6 +56,8 @@ async def coroutine() -> None:
         ({"env_vars": {"": "x"}}, ValueError, "'' is no name"),
         ({"env_vars": {"A=B": "x"}}, ValueError, "'A=B' is no name"),
         ({"env_vars": {"A": "x\0y"}}, ValueError, "value of 'A' contains a NUL"),
+        ({"env_vars": {"A": "x\ud800"}}, ValueError, r"'A' is 'x.ud800', which is no text that the system can carry"),
+        ({"env_vars": {"\ud800": "x"}}, ValueError, "which is no text that the system can carry"),
         ({"working_dir": 1}, TypeError, "working_dir must be a path"),
         ({"working_dir": b"/x"}, TypeError, "working_dir must be a path"),
         ({"working_dir": ""}, ValueError, "working_dir: '' is no path"),

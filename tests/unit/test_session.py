@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shutil
 import stat
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -109,6 +111,19 @@ def test_cleaning_leaves_the_logs(root: Path) -> None:
     session.clean_session(str(path))
     assert [entry.name for entry in path.iterdir()] == ["logs"]
     assert (path / "logs" / "raylet.log").read_text() == "last words"
+
+
+def test_folders_nested_more_deeply_than_calls_can_be_are_removed(root: Path) -> None:
+    """A program can make them in its working directory. No later node of the user would start."""
+    path = root / "session_2026_1"
+    (path / "environments" / "/".join("d" * 200)).mkdir(parents=True)
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(len(inspect.stack(0)) + 150)
+    try:
+        session.clean_session(str(path))
+    finally:
+        sys.setrecursionlimit(limit)
+    assert not (path / "environments").exists()
 
 
 def test_dead_sessions_are_swept_and_the_newest_kept(root: Path) -> None:

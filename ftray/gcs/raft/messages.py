@@ -27,6 +27,8 @@ class Hello(_Message, frozen=True, tag=0):
     cluster_id: bytes
     replica_id: bytes
     endpoint: str
+    boot: int
+    """Drawn when the sender's process started."""
     heads: tuple[str, ...]
     """The heads that the sender was started with, sorted."""
     members: tuple[Member, ...]

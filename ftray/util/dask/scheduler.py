@@ -25,6 +25,7 @@ from dask.utils import key_split
 import ftray
 from ftray.api.lifecycle import init, is_initialized
 from ftray.api.objects import get, put
+from ftray.api.packaging import portable
 from ftray.api.remote_function import RemoteFunction
 from ftray.exceptions import FtrayError, TaskError
 from ftray.util.arrivals import Arrivals
@@ -62,6 +63,7 @@ def ftray_dask_get(
     RemoteFunction(run_node, options)  # raises for wrong options
     if not is_initialized():
         init()
+    options = portable(options, get_core())  # a folder is packed once, and not again for each kind of task
     graph = nodes_of(dsk)
     wanted = flat_keys(keys)
     with local_callbacks() as callbacks:

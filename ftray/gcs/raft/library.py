@@ -1,0 +1,396 @@
+"""pysyncobj, and the only place that knows its private names.
+
+Role: shell around one `SyncObj`. `Engine` is the Raft of one replica: it is given messages and ticks, and hands
+messages, applied entries and nothing else to its owner. It has no thread, socket, file or clock of its own.
+
+What is changed of the library, and how
+- A private copy of its module is loaded, in which the clock, the journal's factory, the poller and pickle are ours.
+  Other users of pysyncobj in the process notice nothing. (The clock is that of the engine whose method is running,
+  so that many replicas with different clocks can live in one simulator.)
+- `SyncObj` is subclassed; the subclass replaces a few private methods: applying (bytes for our state, nothing is
+  unpickled), reading entries (bounded batches, no copies of the whole log), random timeouts (our generator), and its
+  compaction (ours is in `log.py`).
+- The fields named in `FIELDS` are read or set. `check_names` looks for all of them whenever an engine is made, and the
+  tests do too: a version in which they moved is refused, and doesn't misbehave.
+
+What the library leaves to its caller, and where that is done: the table in docs/design; stamps, pre-votes, read rounds
+and snapshots in `replica.py`, truncation and durability in `log.py`.
+
+Rejected: patching the library in place (all its users in the process would get our clock); its own queue of commands
+(it forwards them to leaders, with outcomes that are then not known).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import random
+from collections.abc import Callable, Iterable
+from importlib.metadata import version
+from types import ModuleType
+from typing import Any, Protocol
+
+from ftray.gcs.raft.errors import LibraryMovedError
+from ftray.gcs.raft.log import RaftLog
+
+VERSION_MIN = (0, 3, 16)
+"""Before it, term and vote were lost by a restart."""
+VERSION_TESTED = (0, 3, 17)
+
+BATCH_BYTES = 256 << 10
+"""Entries in one message: no more than this, or one entry."""
+
+_P = "_SyncObj__"
+METHODS = (
+    "doApplyCommand", "getEntries", "deleteEntriesFrom", "tryLogCompaction", "generateRaftTimeout", "onMessageReceived",
+    "onNodeConnected", "onNodeDisconnected", "setState", "setCurrentTerm", "getCurrentLogIndex", "getCurrentLogTerm",
+    "applyLogEntries",
+)  # fmt: skip
+FIELDS = (
+    "conf", "raftState", "raftCurrentTerm", "raftLeader", "raftElectionDeadline", "raftLog", "raftCommitIndex",
+    "raftLastApplied", "raftNextIndex", "raftMatchIndex", "lastResponseTime", "newAppendEntriesTime", "noopIDx",
+    "otherNodes", "readonlyNodes", "connectedNodes", "serializer", "transferInProgress", "onTickCallbacks",
+)  # fmt: skip
+MODULE_NAMES = (
+    "monotonicTime", "createJournal", "createPoller", "PIPE_NOTIFIER_ENABLED", "pickle", "SyncObj", "SyncObjConf",
+    "Node", "Transport", "_RAFT_STATE", "_COMMAND_TYPE",
+)  # fmt: skip
+
+
+class _NoPoller:
+    """The library polls its sockets at the end of a tick; it has none."""
+
+    def poll(self, timeout: float) -> None: ...
+
+
+class _NoPickle:
+    """Bytes from peers are never unpickled."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise LibraryMovedError(f"pysyncobj tried to use pickle.{name}, which it must not do here: please report it")
+
+
+_clock: Callable[[], float] = lambda: 0.0  # noqa: E731
+
+
+def _load() -> ModuleType:
+    spec = importlib.util.find_spec("pysyncobj.syncobj")
+    if spec is None or spec.loader is None:
+        raise LibraryMovedError("pysyncobj has no module pysyncobj.syncobj: install the version that ftray asks for")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    check_module(module, version("pysyncobj"))
+    replaced: dict[str, Any] = {
+        "monotonicTime": lambda: _clock(),
+        "createJournal": lambda journal: journal,
+        "createPoller": lambda kind: _NoPoller(),
+        "PIPE_NOTIFIER_ENABLED": False,
+        "pickle": _NoPickle(),
+    }
+    for name, value in replaced.items():
+        setattr(module, name, value)
+    return module
+
+
+def check_module(module: ModuleType, installed: str) -> None:
+    """Raises LibraryMovedError unless this is a version of the library that this code can drive."""
+    numbers = tuple(int(part) for part in installed.split(".")[:3] if part.isdigit())
+    missing = [name for name in MODULE_NAMES if not hasattr(module, name)]
+    if not missing:
+        missing = [f"SyncObj.__{name}" for name in METHODS if not hasattr(module.SyncObj, _P + name)]
+    if missing or not VERSION_MIN <= numbers < (0, 4):
+        what = f"lacks {', '.join(missing)}" if missing else "is out of the range that is supported"
+        tested = ".".join(map(str, VERSION_TESTED))
+        raise LibraryMovedError(
+            f"pysyncobj {installed} {what}: install version {tested}, which this ftray was tested with"
+        )
+
+
+def check_names(instance: object) -> None:
+    """Raises LibraryMovedError unless the fields that are used are there."""
+    missing = [f"__{name}" for name in FIELDS if not hasattr(instance, _P + name)]
+    if missing:
+        raise LibraryMovedError(
+            f"SyncObj of the installed pysyncobj has no {', '.join(missing)}: install version "
+            f"{'.'.join(map(str, VERSION_TESTED))}, which this ftray was tested with"
+        )
+
+
+_lib: Any = _load()
+_FOLLOWER, _LEADER = _lib._RAFT_STATE.FOLLOWER, _lib._RAFT_STATE.LEADER
+
+
+class PeerNode(_lib.Node):  # type: ignore[misc]
+    """A peer as the library knows it. Its hash does not depend on the process, so sets have the same order in each."""
+
+    def __init__(self, replica_id: bytes) -> None:
+        super().__init__(replica_id.hex())
+        self.replica_id = replica_id
+        self._hash = int.from_bytes(replica_id[:7], "big")
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PeerNode) and self.replica_id == other.replica_id
+
+
+class Owner(Protocol):
+    """What an engine asks of its replica."""
+
+    def on_send(self, peer: bytes, message: dict[str, Any]) -> bool:
+        """The library sends; returns whether there is a way to the peer."""
+        ...
+
+    def on_apply(self, index: int, term: int, command: bytes) -> None:
+        """An entry is committed. An exception ends the tick, and must end the replica."""
+        ...
+
+
+class _Transport(_lib.Transport):  # type: ignore[misc]
+    def __init__(self, owner: Owner) -> None:
+        super().__init__(None, None, [])
+        self._owner = owner
+
+    def send(self, node: PeerNode, message: dict[str, Any]) -> bool:
+        return self._owner.on_send(node.replica_id, message)
+
+
+class _NoSerializer:
+    """Snapshots travel in messages of ours; `Owner.on_send` sees from the message that one is needed."""
+
+    def getTransmissionData(self, node: object) -> None: ...
+    def cancelTransmisstion(self, node: object) -> None: ...
+
+
+class _Raft(_lib.SyncObj):  # type: ignore[misc]
+    """The library's object with the methods that are ours."""
+
+    def __init__(self, owner: Owner, rng: random.Random, me: PeerNode, conf: Any) -> None:
+        self._ftray_owner = owner
+        self._ftray_rng = rng
+        super().__init__(me, [], conf, transport=_Transport(owner))
+
+    def _SyncObj__generateRaftTimeout(self) -> float:
+        conf = self._SyncObj__conf
+        return float(self._ftray_rng.uniform(conf.raftMinTimeout, conf.raftMaxTimeout))
+
+    def _SyncObj__doApplyCommand(self, command: bytes) -> None:
+        index = self._SyncObj__raftLastApplied + 1
+        log = self._SyncObj__raftLog
+        self._ftray_owner.on_apply(index, log[index - log[0][1]][2], command)
+
+    def _SyncObj__getEntries(
+        self, from_index: int | None, count: int | None = None, max_bytes: int | None = None
+    ) -> list[tuple[bytes, int, int]]:
+        log = self._SyncObj__raftLog
+        first = log[0][1]
+        if from_index is None or from_index < first:
+            return []
+        start = from_index - first
+        if max_bytes is None:
+            # Without a count it is the entry before those of a message: what follows it is `RaftLog.add`'s business.
+            return log[start : start + (1 if count is None else count)]  # type: ignore[no-any-return]
+        end, size = start, 0
+        while end < len(log):
+            size += len(log[end][0])
+            if size > BATCH_BYTES and end > start:
+                break
+            end += 1
+        return log[start:end]  # type: ignore[no-any-return]
+
+    def _SyncObj__deleteEntriesFrom(self, index: int) -> None:
+        raise LibraryMovedError("pysyncobj cuts the log, which is not its business here: please report it")
+
+    def _SyncObj__tryLogCompaction(self) -> None:
+        """Nothing: see `RaftLog.compact`."""
+
+
+class Engine:
+    """One replica's Raft. Times are milliseconds of the clock that it is given."""
+
+    def __init__(
+        self,
+        owner: Owner,
+        log: RaftLog,
+        me: bytes,
+        now_ms: Callable[[], float],
+        rng: random.Random,
+        *,
+        election_min_ms: float,
+        election_max_ms: float,
+        append_ms: float,
+        fallback_ms: float,
+    ) -> None:
+        self._clock = lambda: now_ms() / 1000.0
+        self._log = log
+        self._nodes: dict[bytes, PeerNode] = {}
+        self.me = self.node(me)
+        self._enter()
+        conf = _lib.SyncObjConf(
+            autoTick=False,
+            raftMinTimeout=election_min_ms / 1000.0,
+            raftMaxTimeout=election_max_ms / 1000.0,
+            appendEntriesPeriod=append_ms / 1000.0,
+            leaderFallbackTimeout=fallback_ms / 1000.0,
+            connectionTimeout=3600.0,
+            appendEntriesUseBatch=False,  # followers learn at once what is committed
+            appendEntriesBatchSizeBytes=1 << 62,  # so it never cuts an entry into pieces, which it does wrongly
+            dynamicMembershipChange=False,
+            useFork=False,
+        )
+        conf.journalFile = log
+        self._raft = _Raft(owner, rng, self.me, conf)
+        check_names(self._raft)
+        self._raft._SyncObj__serializer = _NoSerializer()
+        if log.snapshot_index:
+            self._raft._SyncObj__raftLastApplied = log.snapshot_index
+
+    def _enter(self) -> None:
+        """From here on the library's clock is this engine's."""
+        global _clock
+        _clock = self._clock
+
+    def node(self, peer: bytes) -> PeerNode:
+        node = self._nodes.get(peer)
+        if node is None:
+            node = self._nodes[peer] = PeerNode(peer)
+        return node
+
+    # --- what it knows ------------------------------------------------------------------------------------------------
+
+    @property
+    def leads(self) -> bool:
+        return bool(self._raft._SyncObj__raftState == _LEADER)
+
+    @property
+    def term(self) -> int:
+        return int(self._raft._SyncObj__raftCurrentTerm)
+
+    @property
+    def leader(self) -> bytes | None:
+        """The leader of this term as far as is known."""
+        leader = self._raft._SyncObj__raftLeader
+        return None if leader is None else leader.replica_id
+
+    @property
+    def last_index(self) -> int:
+        return self._log[-1][1]
+
+    @property
+    def last_term(self) -> int:
+        return self._log[-1][2]
+
+    @property
+    def commit_index(self) -> int:
+        return int(self._raft._SyncObj__raftCommitIndex)
+
+    @property
+    def last_applied(self) -> int:
+        return int(self._raft._SyncObj__raftLastApplied)
+
+    @property
+    def own_term_applied(self) -> bool:
+        """At the leader: the entry that it began its term with is applied, and so all that was committed before."""
+        first = self._raft._SyncObj__noopIDx
+        return first is not None and self.last_applied >= first
+
+    @property
+    def handing_over(self) -> bool:
+        """The leader has asked for an election here."""
+        return bool(self._raft._SyncObj__transferInProgress)
+
+    def match_index(self, peer: bytes) -> int:
+        """At the leader: up to which entry the peer is known to have the log."""
+        return int(self._raft._SyncObj__raftMatchIndex.get(self.node(peer), 0))
+
+    def election_due(self) -> bool:
+        return bool(self._raft._SyncObj__raftElectionDeadline < self._clock())
+
+    def next_wake_ms(self) -> float:
+        """When the next tick has something to do."""
+        if self.leads:
+            return float(self._raft._SyncObj__newAppendEntriesTime) * 1000.0 + 0.1
+        return float(self._raft._SyncObj__raftElectionDeadline) * 1000.0 + 0.1
+
+    # --- what it is told ----------------------------------------------------------------------------------------------
+
+    def tick(self) -> None:
+        self._enter()
+        self._raft.doTick(0.0)
+
+    def receive(self, peer: bytes, message: dict[str, Any]) -> None:
+        self._enter()
+        self._raft._SyncObj__onMessageReceived(self.node(peer), message)
+
+    def connected(self, peer: bytes) -> None:
+        self._raft._SyncObj__onNodeConnected(self.node(peer))
+
+    def disconnected(self, peer: bytes) -> None:
+        self._raft._SyncObj__onNodeDisconnected(self.node(peer))
+
+    def append(self, command: bytes) -> tuple[int, int]:
+        """At the leader: adds an entry to the log, to be sent with the next tick. Returns its index and term."""
+        index, term = self.last_index + 1, self.term
+        self._log.add(command, index, term)
+        self.hurry()
+        return index, term
+
+    def hurry(self) -> None:
+        """At the leader: the next tick sends to all peers."""
+        self._raft._SyncObj__newAppendEntriesTime = -1.0
+
+    def heard_from(self, peer: bytes) -> None:
+        """At the leader: the peer is there, though what it said is no acknowledgement."""
+        node, times = self.node(peer), self._raft._SyncObj__lastResponseTime
+        if node in times:
+            times[node] = self._clock()
+
+    def postpone(self) -> None:
+        """No election before another timeout."""
+        raft = self._raft
+        raft._SyncObj__raftElectionDeadline = self._clock() + raft._SyncObj__generateRaftTimeout()
+
+    def campaign(self) -> None:
+        """The next tick begins an election."""
+        self._raft._SyncObj__raftElectionDeadline = -1.0
+
+    def observe(self, term: int) -> None:
+        """A later term is known to have begun: no leader is known in it."""
+        raft = self._raft
+        if term > self.term:
+            self._enter()
+            raft._SyncObj__setCurrentTerm(term, None)
+            raft._SyncObj__setState(_FOLLOWER)
+            raft._SyncObj__raftLeader = None
+            raft._SyncObj__transferInProgress = False
+            self.postpone()
+
+    def hand_over(self) -> None:
+        """At the leader: asks the follower that has the whole log, if one has, to hold an election now."""
+        self._enter()
+        self._raft.transferLeadership()
+
+    def set_peers(self, voters: Iterable[bytes], learners: Iterable[bytes]) -> None:
+        """The table of members is another one."""
+        raft = self._raft
+        now = self._clock()
+        raft._SyncObj__otherNodes = {self.node(peer) for peer in voters}
+        raft._SyncObj__readonlyNodes = {self.node(peer) for peer in learners}
+        known = raft._SyncObj__otherNodes | raft._SyncObj__readonlyNodes
+        next_index, match_index = raft._SyncObj__raftNextIndex, raft._SyncObj__raftMatchIndex
+        times = raft._SyncObj__lastResponseTime
+        for node in known:
+            next_index.setdefault(node, self.last_index + 1)
+            match_index.setdefault(node, 0)
+            times.setdefault(node, now)
+        for each in (next_index, match_index, times):
+            for node in [node for node in each if node not in known]:
+                del each[node]
+
+    def installed(self, index: int) -> None:
+        """State and log are those of a snapshot after this entry."""
+        self._raft._SyncObj__raftLastApplied = index
+        self._raft._SyncObj__raftCommitIndex = index
+
+
