@@ -28,7 +28,7 @@ test: $(DEV) ## all tests (PYTEST_ARGS='-k name' selects)
 
 lint: $(DEV) ## ruff, mypy --strict, and the rules of who may import whom
 	$(VENV)/bin/ruff check .
-	$(VENV)/bin/mypy --strict ftray
+	$(VENV)/bin/mypy --strict ftray chaos
 	$(VENV)/bin/python -m pytest -q tests/unit/test_layers.py
 
 bench: $(RUNTIME) ## the microbenchmark, on Ray too; writes docs/benchmarks.md (BENCH_ARGS= for ours alone)

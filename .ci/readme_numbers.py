@@ -18,7 +18,9 @@ from ftray.perf.figures import shown  # noqa: E402
 from ftray.perf.page import NAMES  # noqa: E402
 
 BEGIN, END = "<!-- numbers: begin -->", "<!-- numbers: end -->"
-HEAD = "| | median | min – max | limit | others, and how many times ours is better |\n| --- | ---: | ---: | ---: | --- |\n"
+HEAD = "| | median | min – max | limit | others, and how many times ours is better |\n" + (
+    "| --- | ---: | ---: | ---: | --- |\n"
+)
 
 
 def row(benchmark: dict[str, Any]) -> str:

@@ -16,6 +16,8 @@ import msgspec
 PROTOCOL_VERSION = 1
 
 MEMORY_LIMIT_BYTES_MIN = 256 << 20
+_WITHOUT_END = ("task_max_retries", "task_oom_retries")
+"""Settings of which -1 means without end."""
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True):
@@ -113,11 +115,18 @@ def config_from(environ: Mapping[str, str], overrides: Mapping[str, object] | No
         config = msgspec.convert(values, Config)
     except msgspec.ValidationError as error:
         raise ValueError(f"a setting has the wrong type: {error}") from None
+    for field in msgspec.structs.fields(Config):
+        value = getattr(config, field.name)
+        lowest = -1 if field.name in _WITHOUT_END else 0
+        if not value >= lowest:  # not a number is none, either
+            raise ValueError(f"{field.name} must be at least {lowest}, not {value}")
     if config.memory_limit_bytes and config.memory_limit_bytes < MEMORY_LIMIT_BYTES_MIN:
         raise ValueError(
             f"memory_limit_bytes is {config.memory_limit_bytes:,}: with less than {MEMORY_LIMIT_BYTES_MIN:,} (256 MiB) "
             "the workers themselves would not fit; 0 means the machine's memory"
         )
+    if config.spill_threshold_percent > 100.0:
+        raise ValueError(f"spill_threshold_percent must be from 0 to 100, not {config.spill_threshold_percent:g}")
     if not 1.0 <= config.memory_threshold_percent <= 100.0:
         raise ValueError(f"memory_threshold_percent must be from 1 to 100, not {config.memory_threshold_percent:g}")
     return config

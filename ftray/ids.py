@@ -52,6 +52,6 @@ def short(identifier: bytes) -> str:
 
 
 def short_object(identifier: bytes | str) -> str:
-    """An object's or task's id for messages. All that one task makes begins alike: what tells it apart is shown whole."""
+    """An object's or task's id for messages: what tells it apart from others of the same parent is shown whole."""
     text = identifier if isinstance(identifier, str) else identifier.hex()
     return f"{text[:6]}..{text[2 * PREFIX_BYTES :]}"

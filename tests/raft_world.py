@@ -205,6 +205,7 @@ class Host:
         except GcsError as error:
             self.world.note("stopped", self.endpoint, type(error).__name__)
             self.error = error
+            self.world.stops.append(error)
             self.crash()
             return
         self.world.check(self)
@@ -334,7 +335,11 @@ class World:
         self.leaders: dict[int, str] = {}
         self.committed: dict[int, tuple[int, bytes]] = {}
         self.steps = 0
-        self._heap: list[tuple[float, int, Callable[[], None]]] = []
+        self.stops: list[BaseException] = []
+        """What made replicas stop by themselves."""
+        self.faults = True
+        """Faults may happen still."""
+        self._heap: list[tuple[float, int, Callable[[], object]]] = []
         self._number = 0
         names = tuple(f"head{number}:1" for number in range(heads))
         for name in names:
@@ -352,11 +357,11 @@ class World:
 
     # --- time ---------------------------------------------------------------------------------------------------------
 
-    def at(self, when_ms: float, what: Callable[[], None]) -> None:
+    def at(self, when_ms: float, what: Callable[[], object]) -> None:
         self._number += 1
         heapq.heappush(self._heap, (when_ms, self._number, what))
 
-    def later(self, delay_ms: float, what: Callable[[], None]) -> None:
+    def later(self, delay_ms: float, what: Callable[[], object]) -> None:
         self.at(self.now_ms + delay_ms, what)
 
     def run(self, duration_ms: float) -> None:
@@ -515,6 +520,7 @@ class World:
 
     def converge(self) -> None:
         """Ends all faults, and waits until all have applied the same."""
+        self.faults = False
         self.heal()
         for host in self.hosts.values():
             host.disk.full = False

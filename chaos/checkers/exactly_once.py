@@ -20,7 +20,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
-from chaos.checkers.history import HistoryError, Operation, Value
+from chaos.checkers.history import HistoryError, Operation, Value, counted
 from chaos.checkers.models import STALE, ExactlyOnceCounter, check_increment
 
 SHOWN_MAX = 10
@@ -48,7 +48,7 @@ class CounterReport:
         return not self.problems
 
     def __str__(self) -> str:
-        head = f"{self.acknowledged} increments acknowledged, {self.uncertain} uncertain"
+        head = f"{counted(self.acknowledged, 'increment')} acknowledged, {self.uncertain} uncertain"
         if self.ok:
             return f"exactly once: {head}"
         return "\n".join([f"not exactly once: {head}", *shown(self.problems)])

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
-from chaos.checkers.history import Operation, clock
+from chaos.checkers.history import Operation, clock, counted
 from chaos.checkers.models import WHOLE, Model, State
 from chaos.checkers.search import Found, Problem, Verdict, search
 
@@ -61,11 +61,12 @@ class Explanation:
             f"    {self.culprit}",
             *self.reasons,
         ]
+        either = _either(self.quiet_states)
         if self.quiet:
-            so_far = "One operation was" if self.quiet == 1 else f"{self.quiet} operations were"
-            lines.append(f"{so_far} over when last nothing was open before that; then {_either(self.quiet_states)}.")
+            so_far = counted(self.quiet, "operation")
+            lines.append(f"When nothing was open for the last time before it, after {so_far}, {either}.")
         else:
-            lines.append(f"At the beginning {_either(self.quiet_states)}.")
+            lines.append(f"At the beginning {either}.")
         others = [each for each in self.contradiction if each is not self.culprit]
         if others and self.minimal:
             lines.append("From there these cannot be ordered, and each one's answer is needed for that:")

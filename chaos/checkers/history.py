@@ -157,6 +157,11 @@ def clock(time_ms: float) -> str:
     return f"{time_ms:.3f}".rstrip("0").rstrip(".")
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things for people: "1 key", "2 keys"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 class History:
     """Operations, in the order of their invocations. Immutable.
 
@@ -197,7 +202,7 @@ class History:
         return hash(self.operations)
 
     def __repr__(self) -> str:
-        return f"<History of {len(self.operations)} operations by {len({each.process for each in self})} processes>"
+        return f"<History of {counted(len(self), 'operation')} by {len({each.process for each in self})} processes>"
 
     def to_lines(self) -> Iterator[str]:
         """As JSON, one operation a line: `file.writelines(history.to_lines())`."""
@@ -259,10 +264,11 @@ class Recorder:
     the operation).
     """
 
-    __slots__ = ("_done", "_last_ms", "_next", "_open")
+    __slots__ = ("_busy", "_done", "_last_ms", "_next", "_open")
 
     def __init__(self) -> None:
         self._open: dict[int, Operation] = {}
+        self._busy: dict[ProcessId, int] = {}
         self._done: list[Operation] = []
         self._next = 0
         self._last_ms = -math.inf
@@ -273,18 +279,19 @@ class Recorder:
         Raises MalformedOperationError, UnsupportedValueError, or OverlappingOperationsError if the process has an
         operation open (end it with `lose` when the client gives up).
         """
-        for other in self._open.values():
-            if other.process == process:
-                raise OverlappingOperationsError(
-                    f"process {process!r} invokes {action} while its {other.call} is open: lose() that one if the "
-                    "client has given up, or give each thread a process name of its own"
-                )
         values = frozen(arguments)
         assert isinstance(values, tuple)
         operation = Operation(process, self._at(now_ms), None, action, values)
+        if process in self._busy:
+            before = self._open[self._busy[process]]
+            raise OverlappingOperationsError(
+                f"process {process!r} invokes {operation.call} while its {before.call} is open: "
+                "lose() that one if the client has given up, or give each thread a process name of its own"
+            )
         self._last_ms = operation.invoked_ms
         self._next += 1
         self._open[self._next] = operation
+        self._busy[process] = self._next
         return self._next
 
     def complete(self, ticket: int, now_ms: float, result: object = None) -> None:
@@ -322,6 +329,7 @@ class Recorder:
         operation = self._open.pop(ticket, None)
         if operation is None:
             raise RecorderError(f"no operation with ticket {ticket!r} is open: each one ends once")
+        del self._busy[operation.process]
         return operation
 
     def _at(self, now_ms: float) -> float:

@@ -4,8 +4,8 @@ Role: pure. `check` divides the history by key, searches an order for each part 
 explains the first failure (`explanation`).
 
 Rules
-- The verdict is never a guess. The problem is NP-complete, so each check has a budget of steps (applications of the
-  model); when it runs out the verdict is UNDECIDED, unless a part was already refuted.
+- The verdict is never a guess. The problem is NP-complete, so each check has a budget of steps (an operation tried in
+  a place); when it runs out the verdict is UNDECIDED, unless a part was already refuted.
 - Failed operations count for nothing.
 
 Rejected: time as the budget (the same history must get the same verdict on every machine).
@@ -17,8 +17,8 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 from chaos.checkers.explanation import Explanation, explain
-from chaos.checkers.history import Operation
-from chaos.checkers.models import WHOLE, Model
+from chaos.checkers.history import Operation, counted
+from chaos.checkers.models import WHOLE, Model, ModelError
 from chaos.checkers.search import Problem, Verdict, search
 
 __all__ = ["STEPS_MAX", "Explanation", "Report", "Verdict", "check"]
@@ -51,7 +51,8 @@ class Report:
 
     def __str__(self) -> str:
         parts = "" if self.parts < 2 else f", {self.parts} keys"
-        head = f"{self.verdict.value} as a {self.model} ({self.operations} operations{parts}, {self.steps} steps)"
+        size = f"{counted(self.operations, 'operation')}{parts}, {counted(self.steps, 'step')}"
+        head = f"{self.verdict.value} as a {self.model} ({size})"
         if self.explanation is not None:
             return f"{head}\n{self.explanation}"
         if not self.undecided:
@@ -69,8 +70,17 @@ class Report:
 def check(history: Iterable[Operation], model: Model, *, steps_max: int = STEPS_MAX) -> Report:
     """Checks a history against a model, in at most `steps_max` steps (and a bounded number more to explain a failure).
 
-    Raises UnknownActionError if the history has actions that the model does not know.
+    Raises UnknownActionError if the history has actions that the model does not know, ModelError if the model
+    contradicts itself.
     """
+    start = model.initial()
+    try:
+        hash(start)
+    except TypeError:
+        raise ModelError(
+            f"{type(model).__name__}.initial returns {start!r}, which can't be hashed: "
+            "make states of tuples, frozensets and plain values"
+        ) from None
     operations = [each for each in history if not each.failed]
     for each in operations:
         model.check(each)
@@ -80,7 +90,7 @@ def check(history: Iterable[Operation], model: Model, *, steps_max: int = STEPS_
     furthest: Operation | None = None
     for key, part in sorted(parts.items(), key=lambda item: len(item[1])):
         problem = Problem(part, model)
-        found = search(problem, model.initial(), steps_max - steps)
+        found = search(problem, start, steps_max - steps)
         steps += found.steps
         if found.verdict is Verdict.NOT_LINEARIZABLE:
             why = explain(problem, found, key)

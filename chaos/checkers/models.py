@@ -75,9 +75,9 @@ class Model:
         return WHOLE
 
     def only_looks(self, operation: Operation) -> bool:
-        """Whether an answered operation leaves every state as it is in which it can have the result that it has.
+        """Whether the operation leaves every state as it is in which it can have the result that it has.
 
-        It may say False where it does not know: that costs time, and no more.
+        Without an answer it can have any. False where it is not known costs time, and no more.
         """
         return False
 
@@ -86,7 +86,7 @@ class Model:
         return ANY
 
     def needs(self, operation: Operation) -> State:
-        """A hint: the only state of the part of the object in which the operation has the result that it has, or ANY."""
+        """A hint: the only state of the part of the object in which the operation has its result, or ANY."""
         return ANY
 
     def agrees(self, operation: Operation, result: Value) -> bool:
@@ -324,7 +324,7 @@ class FifoQueue(Model):
         return (state[1:], state[0]) if state else (state, None)
 
     def only_looks(self, operation: Operation) -> bool:
-        return operation.action == "get" and operation.result is None
+        return operation.action == "get" and operation.result is None and not operation.unknown
 
     def show(self, state: State) -> str:
         assert isinstance(state, tuple)

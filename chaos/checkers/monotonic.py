@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from chaos.checkers.exactly_once import shown
-from chaos.checkers.history import HistoryError, Value, frozen
+from chaos.checkers.history import HistoryError, Value, counted, frozen
 
 
 class MalformedLogError(HistoryError):
@@ -73,7 +73,10 @@ class StreamReport:
         return not self.problems
 
     def __str__(self) -> str:
-        head = f"{self.name} ({self.changes} changes, {self.resumptions} resumptions, {self.snapshots} snapshots)"
+        counts = [counted(self.changes, "change")]
+        counts += [counted(self.resumptions, "resumption")] * (self.resumptions > 0)
+        counts += [counted(self.snapshots, "snapshot")] * (self.snapshots > 0)
+        head = f"{self.name} ({', '.join(counts)})"
         return f"in order: {head}" if self.ok else "\n".join([f"not in order: {head}", *shown(self.problems)])
 
 
@@ -89,7 +92,8 @@ def check_log(log: Iterable[Change]) -> StreamReport:
             if last is not None and each.revision < revision:
                 problems.append(f"{each} comes after {last}: the log goes back")
             elif last is not None and each.revision > revision + 1:
-                problems.append(f"{each} comes after {last}: {each.revision - revision - 1} revisions are missing")
+                missing = counted(each.revision - revision - 1, "revision")
+                problems.append(f"{each} comes after {last}: lost between them: {missing}")
             keys = set()
         if each.key in keys:
             problems.append(f"{each} comes after another change of that key in the same revision")
@@ -180,8 +184,8 @@ class _Check:
         if place < self.next:
             repeated = self.next - place
             self.problems.append(
-                f"it resumed after revision {each.after}, but was told up to {self.told}: {repeated} "
-                f"change{'s' * (repeated != 1)} would come twice"
+                f"it resumed after revision {each.after}, but was told up to {self.told}: "
+                f"{counted(repeated, 'change')} would come twice"
             )
         self.lost_before(place, f"then it resumed after revision {each.after}")
         self.next, self.told = place, each.after

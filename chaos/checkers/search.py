@@ -9,10 +9,10 @@ What keeps it small, and why it is right
   kept as the count of leading operations that are all in it (by invocation) and a bitmask of those behind: as wide as
   operations overlap, not as the history is long.
 - *Operations without an answer* may be left out. They are tried after all others have been, the latest first: most of
-  them explain nothing. One that wipes out the state (a write) is tried only if something that could not come before
-  may come right after it, as the model's hints tell. With the same operations done and the same state, an order that used up fewer of them can
-  do all that one that used up more can (dominance); those that change nothing are never needed, nor those whose
-  effect the next unanswered one wipes out; of equal ones, the earliest goes first.
+  them explain nothing. With the same operations done and the same state, an order that used up fewer of them can do all
+  that one that used up more can (dominance). One that changes nothing is never needed, nor one whose effect the next
+  unanswered one wipes out. One that itself wipes out the state (a write) is tried only if something that could not come
+  without it may come right after it, as the model's hints tell. Of equal ones, the earliest goes first.
 - *What only looks goes at once*: an operation that with its result can never change anything (a read, a refused
   compare-and-set) can be moved to here from any later place of any order, if it fits here. No alternative is tried.
 
@@ -23,7 +23,7 @@ configurations of 10,000 bits); a step limit inside the models (they are the use
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TypeAlias
@@ -50,7 +50,7 @@ class Found:
 
     verdict: Verdict
     steps: int
-    """How often the model was applied."""
+    """How often an operation was tried in a place."""
     order: list[int]
     """The operations in the order found; if there is none, empty."""
     blocked: int | None = None
@@ -116,8 +116,8 @@ class Problem:
     """
 
     __slots__ = (
-        "answered", "bits", "call_of", "invocations", "is_call", "leaves", "model", "needs", "of_event", "operations",
-        "rank", "return_of", "twin", "unanswered",
+        "answered", "bits", "call_of", "invocations", "is_call", "leaves", "leaving", "model", "needs", "of_event",
+        "operations", "rank", "return_of", "twin", "unanswered", "wiping",
     )  # fmt: skip
 
     def __init__(self, operations: Sequence[Operation], model: Model) -> None:
@@ -137,15 +137,24 @@ class Problem:
         self.twin = [0] * len(operations)
         """For an unanswered operation, the bit of the latest equal one before it."""
         self.leaves = [model.leaves(each) for each in operations]
+        self.leaving: dict[State, list[int]] = {}
+        """The places of the unanswered operations that leave a state, whatever it was before."""
+        self.wiping = 0
+        """The bits of all these."""
         self.needs = [ANY if each.completed_ms is None else model.needs(each) for each in operations]
         equal: dict[Hashable, int] = {}
         for event, (index, call) in enumerate(timeline(operations), 1):
             each = operations[index]
-            if call and each.completed_ms is None:
+            if call and each.completed_ms is None and model.only_looks(each):
+                self.call_of[index] = event
+            elif call and each.completed_ms is None:
                 self.call_of[index] = event
                 self.bits[index] = bit = 1 << len(self.unanswered)
                 self.twin[index] = equal.get((each.action, each.arguments), 0)
                 equal[each.action, each.arguments] = bit
+                if self.leaves[index] is not ANY:
+                    self.leaving.setdefault(self.leaves[index], []).append(len(self.unanswered))
+                    self.wiping |= bit
                 self.unanswered.append(index)
                 self.invocations.append(event)
             elif call:
@@ -215,26 +224,26 @@ class _Walk:
         the last operation of the order has no answer.
         """
         problem, after = self.problem, self.after
-        leaves = problem.leaves
         event = after[0]
         while problem.is_call[event]:
             yield problem.of_event[event]
             event = after[event]
-        fresh = [
-            index
-            for index in problem.unanswered[: bisect_left(problem.invocations, event)]
-            if not problem.bits[index] & used
-        ]
+        count = bisect_left(problem.invocations, event)
+        fresh = ((1 << count) - 1) & ~used
         if not fresh:
             return
-        # Those that wipe out the state are of use if the next one is another unanswered one that does not,
-        # or an answered one that does not come to the same without them.
-        needed: set[State] | None = None
-        if not after_unanswered and all(leaves[index] is not ANY for index in fresh):
+        # One that wipes out the state is of use if the next one is unanswered too and does not, or if it is
+        # an answered one that does not come to the same without it.
+        places: Iterable[int] = range(count)
+        if fresh & problem.wiping == fresh:
+            if after_unanswered:
+                return
             needed = self._needed(state)
-        for index in reversed(fresh):
-            if leaves[index] is ANY or not (after_unanswered or (needed is not None and leaves[index] not in needed)):
-                yield index
+            if needed is not None:
+                places = sorted(place for each in needed for place in problem.leaving.get(each, ()) if place < count)
+        for place in reversed([place for place in places if fresh >> place & 1]):
+            if not (after_unanswered and problem.wiping >> place & 1):
+                yield problem.unanswered[place]
 
     def _needed(self, state: State) -> set[State] | None:
         """The states that an unanswered operation would have to leave, so that an answered one fits; None: any."""
@@ -291,7 +300,6 @@ def search(problem: Problem, start: State, steps_max: int, used: int = 0, limit:
             if state == following if bit else not model.agrees(operation, result):
                 continue
             if bit and path and bits[path[-1][0]]:
-                steps += 1
                 if model.apply(path[-1][1], operation.action, operation.arguments)[0] == following:
                     continue  # the unanswered one before it would have been for nothing
             first_then, behind_then = first, behind

@@ -23,7 +23,8 @@ class Arity:
         self._signature: inspect.Signature | None = None
         self.low, self.high = 1, 0  # nothing is surely right: bind each call
         try:
-            signature = inspect.signature(function)
+            # What is called decides, not what it wraps: a decorator may add arguments.
+            signature = inspect.signature(function, follow_wrapped=False)
         except (ValueError, TypeError):
             self.low, self.high = 0, sys.maxsize  # some of those written in C do not say
             return

@@ -26,13 +26,14 @@ def command(kind: str, limit: int, address: str | None, session_root: str | None
     """List what there is of one KIND.
 
     \b
-    pending   tasks and actor calls that have not ended, and what each waits for; calls of get and wait that wait
+    pending   tasks and actor calls that have not ended, and what each
+              waits for; calls of get and wait, and what they wait for
     workers   the worker processes of this node, and what they run
     actors    the actors on this node
     nodes     the nodes of the cluster
     drivers   the programs connected to this node
     leases    which worker is leased to whom
-    objects   the objects in this node's store (`ftray memory` says why they are there)
+    objects   the objects in this node's store (`ftray memory` says why)
 
     \b
     Examples:
@@ -81,12 +82,11 @@ def _pending(answer: dict[str, Any]) -> dict[str, Any]:
 
 
 def _show_pending(answer: dict[str, Any]) -> None:
-    from rich.console import Console
-
+    from ftray.cli.status import console as make_console
     from ftray.cli.status import table
     from ftray.ids import short_object
 
-    console = Console()
+    console = make_console()
     for row in answer["blocked"]:
         console.print(f"[bold]{row['process']}[/] waits in {row['call']} for {row['objects']} objects:")
         for line in row["waits"]:
@@ -116,20 +116,39 @@ _COLUMNS: dict[str, tuple[str, ...]] = {
 }
 
 
+def _cell(column: str, value: Any) -> str:
+    """A value as people read it; ids are shortened (`--json` has them whole)."""
+    from ftray.cli.status import amount, size
+    from ftray.ids import short_object
+
+    if isinstance(value, bool):
+        return "yes" if value else ""
+    if column in ("object_id", "actor_id"):
+        return short_object(value)
+    if column in ("worker_id", "node_id", "owner"):
+        return str(value)[:12]
+    if column == "size":
+        return size(value)
+    if column in ("state", "stage"):
+        return str(value).lower()
+    if isinstance(value, dict):
+        return ", ".join(f"{amount(name, each)} {name}" for name, each in sorted(value.items()))
+    return str(value)
+
+
 def _table_of(kind: str) -> Callable[[dict[str, Any]], None]:
     def show(answer: dict[str, Any]) -> None:
-        from rich.console import Console
-
+        from ftray.cli.status import console as make_console
         from ftray.cli.status import table
 
-        console = Console()
+        console = make_console()
         if not answer["rows"]:
             console.print(f"no {kind}")
             return
         columns = _COLUMNS.get(kind, ())
         rows = table(*columns)
         for row in answer["rows"]:
-            rows.add_row(*[str(row.get(column, "")) for column in columns])
+            rows.add_row(*[_cell(column, row.get(column, "")) for column in columns])
         console.print(rows)
         if answer["total"] > len(answer["rows"]):
             console.print(f"and {answer['total'] - len(answer['rows'])} more (-n shows them)")

@@ -14,8 +14,8 @@ from ftray.cli.options import json_option, session_root_option
 from ftray.cli.output import FAILED, finish
 
 LOOK_AGAIN_S = 0.3
-FILE_COLUMNS = 160
-"""The width of the tables when the output is no terminal."""
+LOOKS_AGAIN = 3
+"""A problem is one that is there each time."""
 
 
 @click.command("memory")
@@ -54,10 +54,10 @@ def command(address: str | None, shown: int, check: bool, session_root: str | No
 
         session = local_session(session_root, address)
         report = build(ask(session, "memory", limit=max(shown, 1_000)))
-        if report["problems"]:
-            time.sleep(LOOK_AGAIN_S)  # what was on its way between two processes has arrived by then
-            report = confirmed(report, build(ask(session, "memory", limit=max(shown, 1_000))))
-        report["objects_total"] = len(report["objects"])
+        for _ in range(LOOKS_AGAIN):
+            if report["problems"]:
+                time.sleep(LOOK_AGAIN_S)  # what was on its way between two processes has arrived by then
+                report = confirmed(report, build(ask(session, "memory", limit=max(shown, 1_000))))
         report["objects"] = report["objects"][:shown]
         problems.extend(report["problems"])
         return report
@@ -71,12 +71,11 @@ def command(address: str | None, shown: int, check: bool, session_root: str | No
 
 
 def _show(report: dict[str, Any]) -> None:
-    from rich.console import Console
-
+    from ftray.cli.status import console as make_console
     from ftray.cli.status import size, table
     from ftray.ids import short_object
 
-    console = Console(width=None if sys.stdout.isatty() else FILE_COLUMNS)
+    console = make_console()
     store = report["store"]
     console.print(
         f"[bold]object store[/] of node {report['node_id'][:12]}: {size(store['used_bytes'])} of "
@@ -89,28 +88,33 @@ def _show(report: dict[str, Any]) -> None:
     monitor = report["monitor"]
     if monitor.get("limit_bytes"):
         console.print(
-            f"memory of {monitor['where']}: {size(monitor['used_bytes'])} of {size(monitor['limit_bytes'])} in use; "
+            f"memory: {size(monitor['used_bytes'])} of {size(monitor['limit_bytes'])} of {monitor['where']} in use; "
             f"over {monitor['threshold_percent']:g} % a worker is ended ({monitor['kills']} so far)"
         )
-    processes = table("process", "runs", "objects", "owns", "pending", "inline", "stored", "")
+    processes = table("process", "runs", "objects", "owns", "pending", "inline", "stored")
+    silent = [row for row in report["processes"] if "objects" not in row]
     for row in report["processes"]:
-        if "objects" not in row:
-            processes.add_row(row["process"], row["running"], *[""] * 5, row["error"])
+        if row in silent:
+            processes.add_row(row["process"], row["running"], *["?"] * 5)
             continue
         processes.add_row(
             row["process"], row["running"], str(row["objects"]), str(row["owned"]), str(row["pending"]),
-            size(row["inline_bytes"]), size(row["store_bytes_owned"]), "",
+            size(row["inline_bytes"]), size(row["store_bytes_owned"]),
         )  # fmt: skip
     console.print(processes)
+    for row in silent:
+        console.print(f"[yellow]{row['process']}: {row['error']}[/]")
     if report["objects"]:
         objects = table("object", "size", "where", "owner", "held by")
         for row in report["objects"]:
             why = "\n".join(map(_holder, row["holders"]))
             objects.add_row(short_object(row["object_id"]), size(row["size_bytes"]), row["where"], row["owner"], why)
         console.print(objects)
-        if report["objects_total"] > len(report["objects"]):
-            console.print(f"and {report['objects_total'] - len(report['objects'])} more (-n shows them)")
-    else:
+    more = report["objects_total"] - len(report["objects"])
+    if more > 0:
+        count = f"and {more:,} more" if report["objects"] else f"{more:,} objects"
+        console.print(f"{count} (-n shows them)")
+    elif not report["objects"]:
         console.print("no object is held")
     kept, reachable = size(report["pinned_bytes"]), size(report["reachable_bytes"])
     console.print(f"primary copies: {kept} kept, {reachable} reachable by their owners")

@@ -20,7 +20,10 @@ SHOWN_STATES = ("creating",)
 
 
 def build(answer: Mapping[str, Any]) -> dict[str, Any]:
-    """The report: `store`, `processes`, `objects` (largest first), `problems`, and the two sums that must agree."""
+    """The report: `store`, `processes`, `objects` (largest first), `problems`, and the two sums that must agree.
+
+    `objects_total` counts those too that no process has listed, for each lists its largest ones only.
+    """
     processes = {row["worker_id"]: row for row in answer["processes"]}
     known = {worker_id: row["answer"] for worker_id, row in processes.items() if row["answer"] is not None}
     stored = {worker_id: set(said["stored"]) for worker_id, said in known.items()}
@@ -93,6 +96,7 @@ def build(answer: Mapping[str, Any]) -> dict[str, Any]:
             for row in answer["processes"]
         ],
         "objects": objects,
+        "objects_total": max(len(objects), sum(said["totals"]["owned"] for said in known.values())),
         "problems": problems,
     }  # fmt: skip
 

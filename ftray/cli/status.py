@@ -5,6 +5,8 @@ Role: shell. Asks the node and shows its answer in tables; `--json` passes it on
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,9 +15,12 @@ from ftray.cli.options import json_option, session_root_option
 from ftray.cli.output import finish
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
 WORKERS_SHOWN = 40
+FILE_COLUMNS = 160
+"""The width of tables when the output is no terminal."""
 
 
 @click.command("status")
@@ -51,37 +56,42 @@ def command(address: str | None, session_root: str | None, as_json: bool) -> Non
 
 
 def _show(status: dict[str, Any]) -> None:
-    from rich.console import Console
-
-    console = Console()
+    out = console()
     node = status["node"]
     kind = "head" if node["head"] else "node"
     heads = ", ".join(each.removeprefix("tcp:") for each in node["gcs_endpoints"] if each.startswith("tcp:"))
     where = f", heads {heads}" if heads else ""
-    console.print(f"[bold]{kind} {node['node_id'][:12]}[/], process {node['pid']}{where}")
+    out.print(f"[bold]{kind} {node['node_id'][:12]}[/], process {node['pid']}{where}")
     if not node.get("gcs_connected", True):
-        console.print("[red]the GCS is not connected: tasks go on, new actors and jobs wait[/]")
+        out.print("[red]the GCS is not connected: tasks go on, new actors and jobs wait[/]")
     gcs = status.get("gcs")
     nodes = gcs["nodes"] if gcs else []
     several = len(nodes) > 1
     if several:
-        console.print(_nodes(nodes))
-    console.print(_resources(status["resources"], status.get("store") or {}, "on this node" if several else "resource"))
+        out.print(_nodes(nodes))
+    out.print(_resources(status["resources"], status.get("store") or {}, "on this node" if several else "resource"))
     if gcs:
         counts = [
             f"{table}: " + (", ".join(f"{count} {state.lower()}" for state, count in states.items()) or "none")
             for table, states in gcs["counts"].items()
         ]
-        console.print("  ".join(counts))
+        out.print("  ".join(counts))
     if status["workers"]:
-        console.print(_workers(status))
+        out.print(_workers(status))
     for demand in status.get("demands", ()):
         lack = demand.get("missing")
         waiting = demand["want"] - demand["held"]
         if waiting > 0:
-            console.print(f"waiting: {waiting} more of {demand['name'] or 'an actor'}" + (f" ({lack})" if lack else ""))
+            out.print(f"waiting: {waiting} more of {demand['name'] or 'an actor'}" + (f" ({lack})" if lack else ""))
     for row in status.get("infeasible", ()):
-        console.print(f"[red]can never run:[/] {row['name'] or 'a task'}: {row['missing']}")
+        out.print(f"[red]can never run:[/] {row['name'] or 'a task'}: {row['missing']}")
+
+
+def console() -> Console:
+    """Where commands print tables: as wide as the terminal (or COLUMNS says), and wide for a file or pipe."""
+    from rich.console import Console as RichConsole
+
+    return RichConsole(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else FILE_COLUMNS)
 
 
 def table(*columns: str) -> Table:

@@ -80,7 +80,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     Benchmark("restart", "actor's restart after SIGKILL", "ms", m.restart, False, 50, rounds=30),
     Benchmark("actors-20", "20 actors made and called", "ms", m.actors_made, False, None, ray(20)),
     Benchmark(
-        "bytes-per-ref", "memory per waiting task", "bytes", m.bytes_per_ref, False, 1_024, rounds=3,
+        "bytes-per-ref", "memory per waiting task", "bytes", m.bytes_per_ref, False, 1_024, rounds=2,
         session={"num_cpus": 2, "resources": {"gate": 1}}, fresh=True,
     ),
 )  # fmt: skip

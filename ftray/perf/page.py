@@ -21,7 +21,7 @@ from ftray.perf.runner import OTHERS_BUDGET_S, OTHERS_ROUNDS
 NAMES = {"ray": "Ray"}
 PROCESSES_SHOWN, FUNCTIONS_SHOWN = 3, 6
 """Of a profile."""
-FEWEST_SAMPLES = 50
+FEWEST_SAMPLES = 20
 VERDICTS = {"ok": "reached", "short": "**short**", "": ""}
 
 
@@ -179,7 +179,7 @@ def _short(rows: Sequence[Row], growth: Sequence[GrowthRow], against: str | None
 
 def _profile(profile: Profile) -> list[str]:
     used = ", ".join(f"{each.name} {each.share * 100:.0f} %" for each in profile.used)
-    lines = ["", _prose(f"Of a core: {used or 'next to nothing'}.")]
+    lines = ["", _prose(f"Of a core: {used}.")] if used else []
     names = {each.pid: each.name for each in profile.used}
     sampled = [each for each in profile.sampled if each.samples >= FEWEST_SAMPLES][:PROCESSES_SHOWN]
     if not sampled:
@@ -284,10 +284,16 @@ def _how(against: str | None) -> list[str]:
     return ["## How it is measured", _prose(text)]
 
 
+def _first_and_last(text: str) -> list[str]:
+    """What went wrong, and the last line of a traceback if there is one."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return [lines[0], lines[-1]] if lines else []
+
+
 def _errors(rows: Sequence[Row], growth: Sequence[GrowthRow]) -> list[str]:
     errors = [(row.benchmark.name, row.errors) for row in rows] + [(row.growth.name, row.errors) for row in growth]
     lines = [
-        _prose(f"- {name}, {_name(system)}: {text.splitlines()[0]}")
+        _prose(f"- {name}, {_name(system)}: {': '.join(dict.fromkeys(_first_and_last(text)))}")
         for name, each in errors
         for system, text in each.items()
     ]

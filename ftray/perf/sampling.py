@@ -24,7 +24,7 @@ from types import FrameType
 VARIABLE = "FTRAY_PERF_SAMPLES"
 """Names the folder; unset, nothing is sampled."""
 INTERVAL_S = 0.004
-WRITE_EVERY = 50
+WRITE_EVERY = 10
 
 _counts: Counter[str] = Counter()
 

@@ -20,7 +20,7 @@ from ftray.wire.reactor import Reactor, Timer
 
 LEFT_EVENTS_MAX = 100_000
 LIVES_MAX = 10_000
-BUSY = "it does not answer: its interpreter is busy"
+BUSY = "it does not answer: its interpreter is busy, or it is stopped"
 
 
 class Said(NamedTuple):

@@ -60,6 +60,8 @@ class StoreService:
         self._files = SpillFiles(spill_directory, arena)
         self._spill_directory = spill_directory
         self._ticking = False
+        self._touched_bytes = 0
+        """Up to here the arena has been given to writers before."""
         self._clients: dict[bytes, Client] = {}
         """Who has asked for anything, by worker id."""
         reactor.watch(self._files.fileno(), self._disk_done)
@@ -75,7 +77,7 @@ class StoreService:
         """Room for a new object; answered at once, or when there is some."""
         self._clients[client.worker_id] = client
         self._store.create(
-            (client, message.request), message.object_id, message.size, client.worker_id, message.owner,
+            (client, message.request, message.size), message.object_id, message.size, client.worker_id, message.owner,
             self._reactor.now_ms(),
         )  # fmt: skip
         self._settle()
@@ -180,9 +182,13 @@ class StoreService:
         self._settle()
 
     def _answer_creation(self, token: Any, outcome: Created | Exists | Refused) -> None:
-        client, request = token
+        client, request, size = token
         if isinstance(outcome, Created):
-            answer = m.ObjectCreated(request, outcome.offset)
+            # The allocator takes the lowest place that fits: what lies beyond all that was ever given is untouched.
+            fresh = outcome.offset >= self._touched_bytes
+            if fresh:
+                self._touched_bytes = outcome.offset + size
+            answer = m.ObjectCreated(request, outcome.offset, fresh=fresh)
         elif isinstance(outcome, Exists):
             answer = m.ObjectCreated(request, EXISTS)
         else:

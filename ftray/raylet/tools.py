@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftray.exceptions import ProtocolError
 from ftray.gcs.state.tables import ActorRecord, JobRecord, NodeRecord, Record, Table
+from ftray.raylet.asking import Said
 from ftray.raylet.logs import list_logs, tail_log
 from ftray.raylet.tool_questions import QUESTIONS, ask_processes
 from ftray.wire.messages import Message, ToolQuery, ToolReply
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from ftray.raylet.raylet import Raylet
 
 GCS_WAIT_MS = 1_000
+ASK_WAIT_MS = 200.0
+"""How long workers may take to say what they run."""
 TAIL_LINES = 100
 _TABLES = (Table.NODES, Table.JOBS, Table.ACTORS)
 
@@ -79,24 +82,41 @@ class ToolHandler:
     def _status(self, link: Link, request: int) -> None:
         gcs = self._raylet.gcs
         tables: dict[Table, dict[bytes, Record]] = {}
+        running: list[dict[bytes, str]] = []
         handles: list[int] = []
         timer: list[Timer] = []
+        read: list[bool] = []
+
+        def answer_if_all() -> None:
+            if running and read:
+                status = self.local_status(running[0])
+                _reply(link, request, {**status, "gcs": _gcs_status(tables) if tables else None})
 
         def finish() -> None:
             for handle in handles:
                 gcs.cancel_read(handle)
             for each in timer:
                 each.cancel()
-            _reply(link, request, {**self.local_status(), "gcs": _gcs_status(tables) if tables else None})
+            read.append(True)
+            answer_if_all()
 
         def got(table: Table, rows: dict[bytes, Record]) -> None:
             tables[table] = rows
             if len(tables) == len(_TABLES):
                 finish()
 
+        def heard(said: list[Said]) -> None:
+            running.append({each.worker_id: each.answer.get("running", "") for each in said if each.answer is not None})
+            answer_if_all()
+
         def reader(table: Table) -> Callable[[dict[bytes, Record]], None]:
             return lambda rows: got(table, rows)
 
+        # What runs in a worker only the worker knows: the node knows what it was leased for.
+        raylet = self._raylet
+        clients = raylet.clients.by_id.values()
+        leased = [each for each in clients if each.lease_id and raylet.actors.in_worker(each.worker_id) is None]
+        raylet.asking.ask(leased, "running", {}, ASK_WAIT_MS, heard)
         if not gcs.connected:
             finish()
             return
@@ -104,8 +124,8 @@ class ToolHandler:
         for table in _TABLES:
             handles.append(gcs.read_all(table, reader(table)))
 
-    def local_status(self) -> dict[str, Any]:
-        """What this node knows itself."""
+    def local_status(self, running: dict[bytes, str]) -> dict[str, Any]:
+        """What this node knows itself, and what its workers have said they run."""
         raylet = self._raylet
         info, scheduler = raylet.info, raylet.leases.scheduler
         return {
@@ -120,7 +140,7 @@ class ToolHandler:
                 "gcs_connected": raylet.gcs.connected,
             },
             "resources": {"total": scheduler.total, "available": scheduler.available},
-            "workers": self._workers(),
+            "workers": self._workers(running),
             "drivers": [
                 {
                     "worker_id": client.worker_id.hex(),
@@ -157,13 +177,16 @@ class ToolHandler:
             "store": raylet.store.usage(),
         }
 
-    def _workers(self) -> list[dict[str, Any]]:
+    def _workers(self, running: dict[bytes, str]) -> list[dict[str, Any]]:
         raylet = self._raylet
         rows = []
         for worker in raylet.leases.pool.workers.values():
             process = raylet.processes.by_id.get(worker.worker_id)
             client = raylet.clients.by_id.get(worker.worker_id)
             actor = raylet.actors.in_worker(worker.worker_id)
+            runs = running.get(worker.worker_id)
+            if runs is None:
+                runs = raylet.what_it_runs(client) if client is not None else ""
             rows.append(
                 {
                     "worker_id": worker.worker_id.hex(),
@@ -172,7 +195,7 @@ class ToolHandler:
                     "job_id": worker.job_id.hex(),
                     "blocked": worker.blocked,
                     "lease_id": client.lease_id if client is not None else 0,
-                    "running": raylet.what_it_runs(client) if client is not None else "",
+                    "running": runs,
                     "actor_id": actor.actor_id.hex() if actor is not None else "",
                 }
             )

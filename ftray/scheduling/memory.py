@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-GIB = 1 << 30
+MIB, GIB = 1 << 20, 1 << 30
 IDLE_BYTES_MIN = 128 << 20
 """Less than this in an idle worker is not worth its end."""
 LISTED_MAX = 5
@@ -70,7 +70,7 @@ def choose(candidates: Iterable[Candidate]) -> Candidate | None:
 def explain(usage: Usage, threshold_percent: float, victim: Candidate, candidates: Iterable[Candidate]) -> str:
     """Why this process is ended, for logs and for the exception of its work."""
     largest = sorted(candidates, key=lambda one: one.used_bytes, reverse=True)[:LISTED_MAX]
-    listed = ", ".join(f"pid {one.pid} {one.used_bytes / GIB:.2f} GiB ({one.what or 'idle'})" for one in largest)
+    listed = ", ".join(f"pid {one.pid} {_size(one.used_bytes)} ({one.what or 'idle'})" for one in largest)
     if victim.idle:
         chosen = "it was idle"
     elif victim.retriable:
@@ -78,7 +78,12 @@ def explain(usage: Usage, threshold_percent: float, victim: Candidate, candidate
     else:
         chosen = "no process has work that may be repeated, and it was started last"
     return (
-        f"killed by the memory monitor: {usage.used_bytes / GIB:.2f} of {usage.limit_bytes / GIB:.2f} GiB of "
-        f"{usage.where} were in use, over the threshold of {threshold_percent:g} %; this process used "
-        f"{victim.used_bytes / GIB:.2f} GiB, and {chosen}. The largest: {listed}"
+        f"killed by the memory monitor: {_size(usage.used_bytes)} of {_size(usage.limit_bytes)} of {usage.where} "
+        f"were in use, over the threshold of {threshold_percent:g} %; this process used {_size(victim.used_bytes)}, "
+        f"and {chosen}. The largest: {listed}"
     )
+
+
+def _size(size_bytes: int) -> str:
+    """Exact enough that what is over a threshold of a few percent looks so."""
+    return f"{size_bytes / GIB:.2f} GiB" if size_bytes >= 10 * GIB else f"{size_bytes / MIB:,.0f} MiB"

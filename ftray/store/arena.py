@@ -27,6 +27,9 @@ import sys
 from collections.abc import Callable
 from typing import Final
 
+MADV_POPULATE_WRITE: Final = 23
+POPULATE_BYTES: Final = 1 << 20
+
 MAPS_MAX: Final = 16_384
 """Live maps of objects in one process: a quarter of what the kernel allows by default."""
 
@@ -52,7 +55,7 @@ class _ReadMap(mmap.mmap):
 class Arena:
     """One process's access to a node's shared memory. Sizes and offsets are in bytes."""
 
-    __slots__ = ("fd", "size_bytes", "maps_max", "_live", "_write_map")
+    __slots__ = ("fd", "size_bytes", "maps_max", "_live", "_mapped_bytes", "_write_map")
 
     def __init__(self, fd: int, size_bytes: int) -> None:
         """Takes over the descriptor. Raises ValueError if what is behind it is smaller, OSError if nothing is."""
@@ -70,6 +73,8 @@ class Arena:
                 self.maps_max = min(MAPS_MAX, descriptors // 2)
         self._live: dict[int, None] = {}
         self._write_map: mmap.mmap | None = None
+        self._mapped_bytes = 0
+        """Up to here this process has written through its map."""
 
     @classmethod
     def create(cls, size_bytes: int) -> Arena:
@@ -115,12 +120,37 @@ class Arena:
         """Maps of objects that something looks into now."""
         return len(self._live)
 
-    def write_view(self, offset: int, size: int) -> memoryview:
-        """A writable view, for the creator of an object until it is sealed. Raises ValueError outside of the arena."""
+    def write_view(self, offset: int, size: int, fresh: bool = False) -> memoryview:
+        """A writable view, for the creator of an object until it is sealed. Raises ValueError outside of the arena.
+
+        `fresh`: nobody has written there yet; most of it is to be written by `write_at`.
+        """
         self._check(offset, size)
         if self._write_map is None:
             self._write_map = mmap.mmap(self.fd, self.size_bytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        if not fresh and size >= POPULATE_BYTES and offset + size > self._mapped_bytes:
+            self._populate(offset, size)
         return memoryview(self._write_map)[offset : offset + size]
+
+    def _populate(self, offset: int, size: int) -> None:
+        """Maps pages that exist, many at once: a third less than a fault for each when they are written."""
+        begin = max(offset, self._mapped_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        self._mapped_bytes = offset + size
+        assert self._write_map is not None
+        try:
+            self._write_map.madvise(MADV_POPULATE_WRITE, begin, offset + size - begin)
+        except (OSError, ValueError):
+            pass  # before Linux 5.14: then each page is mapped when it is written
+
+    def write_at(self, offset: int, data: bytes | memoryview) -> None:
+        """Writes through the file instead of a map: half the time for memory that nobody has touched, many times as
+        long for memory that somebody has. Raises ValueError outside of the arena, OSError."""
+        left = memoryview(data).cast("B")
+        self._check(offset, left.nbytes)
+        while left.nbytes:
+            written = os.pwrite(self.fd, left, offset)
+            offset += written
+            left = left[written:]
 
     def read_view(self, offset: int, size: int, on_release: Callable[[], None]) -> memoryview:
         """A read-only view of an object.

@@ -112,8 +112,9 @@ class TaskFailed(Message, tag=6):
     """`module.qualname` of the exception's class and its bases, for `retry_exceptions` without unpickling user
     types."""
     cancelled: bool = False
-    """It was cancelled: not retried, whatever the options say. No payload."""
+    """It was cancelled: not retried, whatever the options say. No payload. Where it is `absent`, this is no reply."""
     yielded: int = 0
+    absent: bool = False
 
 
 class TasksReturned(Message, tag=7):
@@ -383,6 +384,8 @@ class ObjectCreated(Message, tag=44):
     request: int
     offset: int
     error: str = ""
+    fresh: bool = False
+    """Nothing has been written in this part of the arena yet."""
 
 
 class ObjectsPinned(Message, tag=45):

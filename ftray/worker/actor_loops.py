@@ -90,6 +90,7 @@ class _AsyncMode(BaseMode):
         """Starts a call, or lets it wait for its group."""
         if executor.cancelled and message.task_id in executor.cancelled:
             executor.replies.cancelled(link, message)
+            self._flush(executor)  # nothing else may run that would do it
             return
         lane = self._single or self._lanes[self.group(message)]
         if lane.running >= lane.limit:

@@ -75,6 +75,8 @@ class ActorClient:
         self.core = core
         self.calls: dict[bytes, ActorCalls] = {}
         self.doomed: dict[bytes, list[TaskRecord]] = {}
+        self.ends: dict[bytes, DeathCauseRecord] = {}
+        """How the last life of an actor ended that is being restarted."""
         """Calls that a lost channel has left unanswered, until the GCS says why."""
         self.out_max = OUT_BYTES_MAX
         self.creation = ActorCreator(self)
@@ -104,6 +106,7 @@ class ActorClient:
     def forget(self, actor_id: bytes) -> None:
         """Nothing here needs the actor any more."""
         calls = self.calls.pop(actor_id, None)
+        self.ends.pop(actor_id, None)
         if calls is not None:
             self.core.gcs.unwatch_actor(actor_id)
             if calls.link is not None:
@@ -316,6 +319,8 @@ class ActorClient:
             # The old life's channel may not have been read to its end yet: what was answered was answered.
             self.core.reactor.read_rest(link)
             link = calls.link
+        if state == RESTARTING and record.cause is not None:
+            self.ends[actor_id] = record.cause
         renewed = False
         cause: Any = record if state == DEAD else None
         if calls.update(state, record.incarnation, record.worker_id, record.node_id, record.endpoint, cause):
@@ -384,8 +389,10 @@ class ActorClient:
             if calls.state == DEAD:
                 self.core.submitter.fail(task, self._death_error(calls, task))
             else:
+                cause = cause_of(self.ends.get(calls.actor_id))
+                how = f". Its {cause.describe()}".rstrip(".\n") if cause is not None else ""
                 error = ActorUnavailableError(
-                    f"its process died while it ran {calls.name}.{task.method}; it is being restarted",
+                    f"its process died while it ran {calls.name}.{task.method}; it is being restarted{how}",
                     actor_id=calls.actor_id.hex(), class_name=calls.name,
                 )  # fmt: skip
                 self.core.submitter.fail(task, error)

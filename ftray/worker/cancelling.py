@@ -171,6 +171,12 @@ class Canceller:
         core = self.core
         submitter = core.submitter
         calls: ActorCalls | None = task.actor
+        if lease is not None and task.task_id not in lease.inflight:
+            # Another one was cancelled just before, and writing to the worker has shown that it is dead.
+            found = self._find(task.task_id)
+            if found is None:
+                return
+            task, lease = found
         if lease is not None:
             task.cancelled = True
             if lease.link is not None:
@@ -189,6 +195,8 @@ class Canceller:
         submitter.oom.resting.pop(task.task_id, None)
         if calls is not None:
             task.cancelled = True
+            if any(task is each for each in core.actors.doomed.get(calls.actor_id, ())):
+                return  # its actor's death, found in the same way, is about to fail it
             calls.take_out(task)
         elif not task.deps_left:
             submitter.dispatcher.cancel_queued(task)
@@ -206,12 +214,17 @@ class Canceller:
 
     def _end_worker(self, lease: Lease, task: TaskRecord) -> None:
         dispatcher = self.core.submitter.dispatcher
+        if lease.lease_id not in dispatcher.leases:
+            return  # it is dead already, as writing to it has shown
         dispatcher.end_worker(lease)
         self.forced.setdefault(lease.lease_id, set()).add(task.task_id)
         reason = f"{task.function.name} was cancelled with force"
 
         def insist() -> None:
-            if lease.lease_id not in dispatcher.leases or task.task_id not in self.forced.get(lease.lease_id, ()):
+            if lease.lease_id not in dispatcher.leases:
+                self.forced.pop(lease.lease_id, None)
+                return
+            if task.task_id not in self.forced.get(lease.lease_id, ()):
                 return
             if next(iter(lease.inflight), b"") == task.task_id:
                 self.core.raylet.send(KillWorker(lease.worker_id, reason))
@@ -395,11 +408,12 @@ class WorkerCancels:
         executor.core.reactor.call_later(FORGET_MS, forget)
 
     def _say_not_here(self, task_id: bytes, owner: bytes) -> None:
+        """If it has been here, its reply has gone out, or waits for registrations: the owner goes on to expect that."""
         reactor = self.executor.reactor
         with reactor.lock:
             for link in reactor.links.values():
                 if link.peer is not None and link.peer.worker_id == owner:
-                    link.send(TaskFailed(task_id, 0, cancelled=True))
+                    link.send(TaskFailed(task_id, 0, cancelled=True, absent=True))
 
     def _die(self, running: PushTask | PushActorTask, owner: bytes, tries: int) -> None:
         """Kills this process for a forced cancellation; no reply leaves it any more."""

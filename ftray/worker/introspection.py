@@ -107,6 +107,7 @@ def _references(core: Core, limit: int) -> dict[str, Any]:
             }
         )
     pinned = [object_id.hex() for object_id in core.objects.pins]
+    pinned += [object_id.hex() for asked in list(core.objects.asked.values()) for object_id in asked]
     # A task that runs again may have stored its results before: they are known here, but not yet as ready.
     expected = [
         return_id(task.task_id, index).hex()
@@ -206,9 +207,15 @@ def _events(core: Core, limit: int) -> dict[str, Any]:
     return {"events": executor.events.rows(limit) if executor is not None else []}
 
 
+def _running(core: Core, limit: int) -> dict[str, Any]:
+    """What the main thread runs: `answer` adds it to everything."""
+    return {}
+
+
 _QUESTIONS: dict[str, Callable[[Core, int], dict[str, Any]]] = {
     "references": _references,
     "pending": _pending,
     "stack": _stack,
     "events": _events,
+    "running": _running,
 }

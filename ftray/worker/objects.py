@@ -41,8 +41,8 @@ from ftray.worker.waiting import Callback, Waiter, block
 log = logging.getLogger("ftray.worker")
 
 READ_PATIENCE_S = 1.0
-"""What is ready in the store may take so long to be read, whatever the caller's timeout: the node is asked for it, and it
-may have to come back from disk. With less, `get(..., timeout=0)` would fail for what `wait` calls ready."""
+"""What is ready in the store may take so long to be read, whatever the caller's timeout: the node is asked for it, and
+it may have to come back from disk. With less, `get(..., timeout=0)` would fail for what `wait` calls ready."""
 
 if TYPE_CHECKING:
     from ftray.worker.core import Core

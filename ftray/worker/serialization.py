@@ -53,6 +53,8 @@ from ftray.worker.values import explain, text_of
 PACKED = 0x01
 PLAIN = 0x80
 ALIGNMENT_BYTES = 64
+LARGE_BYTES = 1 << 20
+"""A piece of this size is worth a way of writing of its own."""
 LARGE_BYTES = 64 * 1024
 """From here on top-level bytes are written straight to their place, not into the pickle first."""
 SMALL_ITEMS_MAX = 16
@@ -81,11 +83,19 @@ class Serialized(msgspec.Struct, eq=False, gc=False):
     size: int
     """Bytes when packed."""
 
-    def write_into(self, target: memoryview) -> None:
-        """Write the packed form into the first `size` bytes of a writable memoryview of bytes."""
+    def write_into(
+        self, target: memoryview, write_large: Callable[[int, bytes | memoryview], None] | None = None
+    ) -> None:
+        """Write the packed form into the first `size` bytes of a writable memoryview of bytes.
+
+        `write_large(position, data)` is called instead for pieces of at least `LARGE_BYTES`, if it is given.
+        """
         inband = self.inband
         if not self.buffers:
-            target[: self.size] = inband
+            if write_large is not None and self.size >= LARGE_BYTES:
+                write_large(0, inband)
+            else:
+                target[: self.size] = inband
             return
         lengths = [buffer.nbytes for buffer in self.buffers]
         position = _HEAD.size + 8 * len(lengths)
@@ -97,7 +107,10 @@ class Serialized(msgspec.Struct, eq=False, gc=False):
             gap = -position % ALIGNMENT_BYTES
             target[position : position + gap] = bytes(gap)
             position += gap
-            target[position : position + length] = buffer
+            if write_large is not None and length >= LARGE_BYTES:
+                write_large(position, buffer)
+            else:
+                target[position : position + length] = buffer
             position += length
 
     def to_bytes(self) -> bytes:

@@ -56,6 +56,8 @@ class StoreClient:
         self.arena: Arena | None = None
         self.pins: dict[bytes, Pin] = {}
         self.freeing: list[bytes] = []
+        self.asked: dict[int, tuple[bytes, ...]] = {}
+        """What threads have asked to pin and have no answer for: some of it may be pinned already, for tools."""
 
     def free_in_store(self, object_id: bytes) -> None:
         if not self.freeing:
@@ -116,6 +118,9 @@ class StoreClient:
         """Creates, writes and seals an object in this node's store. `keep`: this process keeps its pin."""
         core = self.core
         size = serialized.size
+        with core.lock:
+            core.drain()
+            self._send_frees()  # first: the room of what has just been let go is warm, and may be all that there is
         created: ObjectCreated = core.raylet.ask(lambda request: CreateObject(request, object_id, size, owner))
         if created.offset == -2:
             return  # the same attempt made it before; its owner's pin keeps it
@@ -124,7 +129,14 @@ class StoreClient:
         arena = self.arena
         assert arena is not None
         try:
-            serialized.write_into(arena.write_view(created.offset, size))
+            if created.fresh:
+                # A page that is written whole by the kernel need not be cleared first, and costs no page fault.
+                serialized.write_into(
+                    arena.write_view(created.offset, size, fresh=True),
+                    lambda position, data: arena.write_at(created.offset + position, data),
+                )
+            else:
+                serialized.write_into(arena.write_view(created.offset, size))
         except BaseException:
             with core.lock:
                 core.raylet.send(AbortObject(object_id))
@@ -190,6 +202,7 @@ class StoreClient:
         wanted = tuple(dict.fromkeys(x for x, pin in zip(object_ids, found, strict=True) if pin is None))
         if not wanted:
             return found, files
+        self.asked[id(wanted)] = wanted
         try:
             answer: ObjectsPinned = core.raylet.ask(lambda request: PinObjects(request, wanted), timeout_s)
         except BaseException as error:
@@ -197,10 +210,12 @@ class StoreClient:
                 self._unview(object_ids, found)
             if isinstance(error, GetTimeoutError):
                 raise GetTimeoutError(
-                    f"{len(wanted)} of the objects are ready, but could not be read within {timeout_s:.3g} s: they have "
-                    "to come back from disk, or this node is overloaded. `ftray memory` shows what its store does"
+                    f"{len(wanted)} of the objects are ready, but could not be read within {timeout_s:.3g} s: they "
+                    "have to come back from disk, or this node is overloaded. `ftray memory` shows what its store does"
                 ) from None
             raise
+        finally:
+            del self.asked[id(wanted)]
         with core.lock:
             lost: ObjectLostError | None = None
             for index, (object_id, (offset, size)) in enumerate(zip(wanted, answer.places, strict=True)):

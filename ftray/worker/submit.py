@@ -417,6 +417,8 @@ class Submitter:
             if message.exits:
                 self.channels.pop(lease.worker_id, None)
                 task = self.dispatcher.leaving(lease, message.task_id)
+            elif message.absent:
+                task = None
             else:
                 task = self.dispatcher.done(lease, message.task_id, message.work_us)
             if message.cancelled:

@@ -303,6 +303,21 @@ def test_a_progress_bar() -> None:
     assert "100% Completed" in out.getvalue()
 
 
+def test_profilers_get_a_graph_that_is_a_mapping() -> None:
+    from dask.diagnostics import CacheProfiler, Profiler
+
+    with Profiler() as tasks, CacheProfiler() as cache:
+        assert dask.bag.from_sequence(range(10), npartitions=2).sum().compute(scheduler=ftray_dask_get) == 45
+    assert len(tasks.results) == len(cache.results) >= 3
+
+
+def test_a_runtime_environment_for_the_tasks() -> None:
+    args = {"runtime_env": {"env_vars": {"FOR_DASK": "yes"}}}
+    graph = {"a": (os.getenv, "FOR_DASK")}
+    assert ftray_dask_get(graph, "a", remote_args=args) == "yes"
+    assert ftray_dask_get(graph, "a") is None
+
+
 @pytest.fixture
 def settings() -> Iterator[None]:
     yield
@@ -374,12 +389,7 @@ def test_a_program_that_never_calls_init() -> None:
 
     enable_dask_on_ftray()
     register_ftray()
-
-    def double(x):
-        return 2 * x
-
-    assert dask.compute(*[dask.delayed(double)(i) for i in range(20)]) == tuple(2 * i for i in range(20))
+    assert dask.delayed(abs)(-2).compute() == 2
     ftray.shutdown()
-    with joblib.parallel_config(backend="ftray"):
-        assert joblib.Parallel()(joblib.delayed(double)(i) for i in range(20)) == [2 * i for i in range(20)]
+    assert joblib.parallel.BACKENDS["ftray"]().effective_n_jobs(-1) == ftray.cluster_resources()["CPU"]
     """).close()

@@ -293,6 +293,20 @@ def test_many_threads_submit_and_cancel() -> None:
     assert (engine.running, engine.load_us, len(engine.out), len(engine.queue)) == (0, 0, 0, 0)
 
 
+def test_a_runtime_environment_for_the_calls(tmp_path: Path) -> None:
+    (tmp_path / "text").touch()
+    env = {"env_vars": {"FOR_CALLS": "yes"}, "working_dir": tmp_path}
+    for _ in range(2):  # the second executor uses what the first has left
+        with FtrayExecutor(1, runtime_env=env) as executor, FtrayExecutor(1) as other:
+            assert executor.submit(os.getenv, "FOR_CALLS").result() == "yes"
+            assert other.submit(os.getenv, "FOR_CALLS").result() is None
+            (tmp_path / "late").touch()
+            assert executor.submit(os.listdir).result() == ["text"]  # the folder as the executor has found it
+        (tmp_path / "late").unlink()
+    with pytest.raises(ValueError, match="nowhere"):
+        FtrayExecutor(1, runtime_env={"working_dir": tmp_path / "nowhere"})
+
+
 # --- errors ---------------------------------------------------------------------------------------------------------
 
 

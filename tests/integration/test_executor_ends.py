@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from concurrent.futures import wait
 from pathlib import Path
 
 import pytest
-from integration.harness import Driver, run_driver, wait_for_file, wait_until
+from integration.harness import run_driver, wait_for_file, wait_until
 
 import ftray
 from ftray.exceptions import WorkerCrashedError
@@ -108,7 +109,7 @@ def test_in_a_task() -> None:
     assert ftray.get([outer.remote() for _ in range(6)], timeout=30) == [210] * 6  # more than there are CPUs
 
 
-def test_a_session_that_ends_breaks_its_executors() -> None:
+def test_a_session_that_ends_breaks_its_executors_and_a_forked_child_waits_for_nothing() -> None:
     run_driver("""
     from concurrent.futures import BrokenExecutor
     from ftray.util import FtrayExecutor
@@ -116,6 +117,11 @@ def test_a_session_that_ends_breaks_its_executors() -> None:
     ftray.init(num_cpus=1)
     executor = FtrayExecutor()
     running, queued = executor.submit(time.sleep, 60), executor.submit(abs, 1)
+    pid = os.fork()
+    if not pid:
+        executor.shutdown()
+        sys.exit(7)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
     ftray.shutdown()
     assert "shutdown() was called" in str(running.exception(10)), running.exception()
     assert isinstance(queued.exception(10), BrokenExecutor), queued.exception()
@@ -176,43 +182,22 @@ def test_a_program_ends_when_all_is_done() -> None:
     driver.close()
 
 
-def test_a_forked_child_does_not_wait_for_its_parent() -> None:
-    run_driver("""
-    from ftray.util import FtrayExecutor
+def test_an_interrupted_wait_leaves_the_executor_whole(tmp_path: Path) -> None:
+    def interrupt() -> None:
+        wait_for_file(tmp_path / "runs")
+        wait_until(lambda: future._condition._waiters, what="the main thread waits")  # type: ignore[attr-defined]
+        os.kill(os.getpid(), signal.SIGINT)
 
-    ftray.init(num_cpus=1)
-    executor = FtrayExecutor()
-    running = executor.submit(time.sleep, 0.3)
-    pid = os.fork()
-    if not pid:
-        executor.shutdown()
-        sys.exit(7)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
-    assert running.result() is None
-    """).close()
-
-
-def test_an_interrupted_wait_leaves_the_executor_whole() -> None:
-    with Driver("""
-    from ftray.util import FtrayExecutor
-
-    ftray.init(num_cpus=1)
-    executor = FtrayExecutor()
-    future = executor.submit(time.sleep, 0.5)
-    try:
-        say("ready")
-        future.result()
-    except KeyboardInterrupt:
-        say("interrupted")
-    assert executor.submit(abs, -4).result() == 4
-    assert future.result() is None
-    executor.shutdown()
-    """) as driver:
-        driver.wait_for("ready")
-        driver.signal(signal.SIGINT)
-        driver.wait_for("interrupted")
-        assert driver.finish() == 0, driver.dump()
-        driver.check_clean()
+    with FtrayExecutor(1) as executor:
+        future = executor.submit(touch_and_wait, tmp_path / "runs", tmp_path / "go")
+        interrupter = threading.Thread(target=interrupt)
+        interrupter.start()
+        with pytest.raises(KeyboardInterrupt):
+            future.result(20)
+        interrupter.join()
+        (tmp_path / "go").touch()
+        assert executor.submit(abs, -4).result() == 4
+        assert future.result() == "runs"
 
 
 def test_threads_end_with_their_executors() -> None:

@@ -54,6 +54,12 @@ def pipe(tmp_path: Path) -> Iterator[str]:
 
 def cli(monkeypatch: pytest.MonkeyPatch, session: Any, *arguments: str) -> Any:
     """Runs a command on this session; returns its JSON."""
+    assert cli_text(monkeypatch, session, *arguments).strip()
+    return json.loads(CliRunner().invoke(main, [*arguments, "--json"]).output)
+
+
+def cli_text(monkeypatch: pytest.MonkeyPatch, session: Any, *arguments: str) -> str:
+    """Runs a command on this session; returns what it prints."""
     mine = next(
         each
         for each in find_sessions(os.path.dirname(session.session_dir))
@@ -62,8 +68,8 @@ def cli(monkeypatch: pytest.MonkeyPatch, session: Any, *arguments: str) -> Any:
     monkeypatch.setattr("ftray.cli.find.local_session", lambda root, address=None: mine)
     shown = CliRunner().invoke(main, list(arguments))
     assert shown.exit_code == 0, shown.output
-    assert "Error" not in shown.output and shown.output.strip()
-    return json.loads(CliRunner().invoke(main, [*arguments, "--json"]).output)
+    assert "Error" not in shown.output
+    return shown.output
 
 
 def look() -> dict[str, Any]:
@@ -109,7 +115,8 @@ class TestMemory:
         report = confirmed(report, look())
         assert [each["kind"] for each in report["problems"]] == ["unreachable"]
         assert report["pinned_bytes"] - report["reachable_bytes"] >= 300_000
-        freed(bytes.fromhex(report["problems"][0]["object_id"]))
+        with core.lock:
+            freed(bytes.fromhex(report["problems"][0]["object_id"]))
         wait_until(lambda: not look()["problems"])
 
 
@@ -199,3 +206,34 @@ def test_list_shows_each_kind(session: Any, monkeypatch: pytest.MonkeyPatch) -> 
     assert cli(monkeypatch, session, "list", "drivers")["rows"][0]["pid"] == os.getpid()
     for kind in ("leases", "objects"):
         assert "rows" in cli(monkeypatch, session, "list", kind)
+
+
+def test_status_shows_what_each_worker_runs(session: Any, pipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the first function that needed the same resources."""
+
+    @ftray.remote
+    def another(path: str) -> None:
+        with open(path) as end:
+            end.read()
+
+    ftray.get(ftray.remote(os.getpid).remote())
+    running = another.remote(pipe)
+
+    def shown() -> Any:
+        rows = cli(monkeypatch, session, "list", "workers")["rows"]
+        return [row for row in rows if row["running"].endswith("another")]
+
+    assert len(wait_until(shown)) == 1
+    ftray.cancel(running, force=True)
+
+
+@pytest.mark.parametrize("columns", ["80", "160"])
+def test_tables_tell_objects_apart_and_count_all(session: Any, columns: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    refs = [ftray.put(bytes(200_000 + i)) for i in range(3)] + [ftray.put(i) for i in range(2_000)]
+    monkeypatch.setenv("COLUMNS", columns)
+    text = cli_text(monkeypatch, session, "memory", "-n", "3")
+    listed = cli_text(monkeypatch, session, "list", "objects")
+    for ref in refs[:3]:
+        assert f"..{ref.hex()[24:]}" in text and f"..{ref.hex()[24:]}" in listed
+    assert "and 2,000 more" in text
+    assert "2,003 objects (-n" in cli_text(monkeypatch, session, "memory", "-n", "0")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import ftray
-from ftray.exceptions import ActorDiedError, OutOfMemoryError
+from ftray.exceptions import ActorDiedError, ActorUnavailableError, OutOfMemoryError
 
 LIMIT_MB = 400
 SESSION = {
@@ -52,12 +52,21 @@ class TestMonitor:
             ftray.get(hog.remote(str(tmp_path), LIMIT_MB + 40, 99), timeout=30)
         assert counted(str(tmp_path)) == 3  # once, and two repetitions
         text = str(caught.value)
-        assert "hog was ended 3 times" in text and "0.39 GiB" in text and "threshold of 95 %" in text
+        assert "hog was ended 3 times" in text and "400 MiB" in text and "threshold of 95 %" in text
 
     def test_what_may_not_be_repeated_is_not(self, tmp_path: Path) -> None:
         with pytest.raises(OutOfMemoryError):
             ftray.get(hog.options(max_retries=0).remote(str(tmp_path), LIMIT_MB + 40, 99), timeout=30)
         assert counted(str(tmp_path)) == 1
+
+    def test_an_actor_that_comes_back_tells_the_reason(self, tmp_path: Path) -> None:
+        class Hog:
+            def take(self, folder: str) -> int:
+                return hog.__wrapped__(folder, LIMIT_MB + 40, 99)
+
+        actor = ftray.remote(Hog).options(max_restarts=1).remote()
+        with pytest.raises(ActorUnavailableError, match="killed by the memory monitor"):
+            ftray.get(actor.take.remote(str(tmp_path)), timeout=30)
 
     def test_an_actor_dies_with_the_reason(self, tmp_path: Path) -> None:
         class Hog:

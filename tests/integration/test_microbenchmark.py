@@ -10,6 +10,7 @@ import sys
 import uuid
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from integration.harness import MARK, marked, wait_for_none, wait_until
@@ -66,7 +67,8 @@ def test_a_profile_shows_processes_and_functions() -> None:
     assert any("ftray/" in hot.where for each in profile.sampled for hot in each.hottest)
 
 
-def test_all_processes_end_when_the_command_is_killed() -> None:
+def test_all_processes_end_when_the_command_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # it cannot remove its temporary folder
     command = [sys.executable, "-m", "ftray.cli", "microbenchmark", "tasks-sync", "--rounds", "1000000"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         wait_until(lambda: len(marked(os.environ[MARK])) > 4, 20.0, "the benchmark's workers")

@@ -1,4 +1,4 @@
-"""What programs under pressure have met: timeouts while the store is busy, owners that are dead, what tools say then."""
+"""What programs under pressure have met: timeouts while the store is busy, owners that are dead."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from integration.harness import wait_until
 
 import ftray
 from ftray.api.context import ask_raylet
-from ftray.exceptions import OwnerDiedError
+from ftray.exceptions import GetTimeoutError, OwnerDiedError
+from ftray.worker import raylet_client, waiting
 
 SESSION = {"num_cpus": 2, "object_store_memory": 32 << 20}
 
@@ -73,3 +74,19 @@ def test_a_large_object_whose_owner_died_says_so(session: Any) -> None:
     wait_until(lambda: not ask_raylet("memory")["objects"], what="the object is gone")
     with pytest.raises(OwnerDiedError):
         ftray.get(ref, timeout=20)
+
+
+def test_what_is_granted_in_the_last_moment_is_given_back(session: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answer arrives just when the time is up: nobody will look, so the pin goes."""
+
+    def too_late(reactor: Any, waiter: Any, timeout_s: float | None) -> bool:
+        waiting.block(reactor, waiter, None)
+        return False
+
+    ref = make.remote(300_000)
+    ftray.wait([ref])
+    monkeypatch.setattr(raylet_client, "block", too_late)
+    with pytest.raises(GetTimeoutError, match="are ready, but could not be read"):
+        ftray.get(ref, timeout=0)
+    monkeypatch.undo()
+    wait_until(lambda: [row["pins"] for row in ask_raylet("memory")["objects"]] == [{}], what="the pin is gone")

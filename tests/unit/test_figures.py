@@ -254,7 +254,7 @@ def some_rows() -> tuple[list[Row], list[GrowthRow]]:
         Row(fake("good", limit_value=3.0), {"ftray": Figures((2.0,)), "memcpy": Figures((8.0,))}),
         Row(fake("slow", limit_value=1.0), {"ftray": Figures((2.0,))}, profile=profile),
         Row(fake("far", targets={"ray": 5.0}), {"ftray": Figures((2.0, 3.0, 4.0)), "ray": Figures((9.0,))}),
-        Row(fake("bad"), errors={"ftray": "it broke\nin many lines"}),
+        Row(fake("bad"), errors={"ftray": "it broke\nTraceback\nValueError: no"}),
     ]
     growth = [
         GrowthRow(fake_growth(), {"ftray": [Cost(10, 2.0, 500), Cost(100, 2.5, 510)], "ray": [Cost(10, 90.0, 7_000)]}),
@@ -306,7 +306,7 @@ def test_the_page_is_honest_about_what_fell_short(tmp_path: Path) -> None:
     assert "| title of far | ms | 3.00 (2.00 – 4.00) | 9.00 (once) | 3.00× | ≥ 5× |  | **short** |" in text
     assert "### title of slow\n2.00 ms instead of ≤ 1.00 ms.\n\nOf a core: ftray:worker 91 %." in text
     assert "ftray:worker, 500 samples\n   40.0 %  ftray/worker/a.py f" in text
-    assert "## Not measured\n- bad, ftray: it broke\n" in text
+    assert "## Not measured\n- bad, ftray: it broke: ValueError: no\n" in text
     assert "| things | ftray | 100 | 2.50 µs | 510 bytes | reached |" in text
     assert "(benchmarks-growth.svg)" in text
     assert "Ray: things" in (tmp_path / "benchmarks-growth.svg").read_text(encoding="utf-8")

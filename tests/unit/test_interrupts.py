@@ -76,9 +76,25 @@ def test_never_another_one(main: MainThread) -> None:
         return "finished"
 
     assert main.execute(b"two", task) == "finished"
-    assert not main.interrupts.wanted
-    main.interrupts.wanted = b"one"
     signal.raise_signal(CANCEL_SIGNAL)  # between tasks
+
+
+def test_a_late_signal_does_not_undo_the_next_interrupt(main: MainThread) -> None:
+    """While it finds that the first task has ended, the loop's thread asks for the second one to be interrupted."""
+
+    class Crossing(MainThread):
+        @property  # type: ignore[override]
+        def running(self) -> Any:
+            self.interrupts.wanted = b"two"
+            return SimpleNamespace(task_id=b"two")
+
+        @running.setter
+        def running(self, value: Any) -> None: ...
+
+    crossing = Crossing()
+    crossing.interrupts.wanted = b"one"
+    crossing.interrupts._on_signal(CANCEL_SIGNAL, None)
+    assert crossing.interrupts.wanted == b"two"
 
 
 def test_it_is_interrupted_once(main: MainThread) -> None:

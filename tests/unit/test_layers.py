@@ -38,6 +38,7 @@ LOGIC = (
     "ftray.wire.handshake",
     "ftray.wire.messages",
     "ftray.wire.values",
+    "chaos.checkers",
 )
 SHELLS_IN_LOGIC_ROOMS = ("ftray.store.arena", "ftray.store.spill_io")
 
@@ -67,6 +68,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "ftray.cli": EVERYTHING,
     "ftray.demo": EVERYTHING,
     "ftray.perf": EVERYTHING,
+    "chaos": EVERYTHING,
+    "chaos.checkers": (),
 }
 
 
@@ -147,8 +150,8 @@ def violations(module: str, source: str, known: frozenset[str], *, is_package: b
 
 
 def project_modules() -> dict[str, Path]:
-    """Path of each module of the package, by its dotted name."""
-    paths = sorted((ROOT / "ftray").rglob("*.py"))
+    """Path of each module of the packages, by its dotted name."""
+    paths = sorted(path for tree in ("ftray", "chaos") for path in (ROOT / tree).rglob("*.py"))
     return {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in paths}
 
 
@@ -179,9 +182,12 @@ def test_every_room_of_the_architecture_page_is_in_the_table() -> None:
     names = {name for row in rows for name in re.findall(r"`([\w/.]+)`", row)}
     assert names, "ARCHITECTURE.md has no table of rooms"
     dotted = {
-        ".".join(["ftray", *name.removeprefix("ftray/").removesuffix("/").removesuffix(".py").split("/")]).removesuffix(
-            ".__init__"
-        )
+        ".".join(
+            [
+                *(() if name.startswith("chaos/") else ("ftray",)),
+                *name.removeprefix("ftray/").removesuffix("/").removesuffix(".py").split("/"),
+            ]
+        ).removesuffix(".__init__")
         for name in names
     }
     assert dotted <= set(MAY_IMPORT)
@@ -215,6 +221,9 @@ def test_every_room_of_the_architecture_page_is_in_the_table() -> None:
         ("ftray.ids", "from . import config", "ftray.config"),
         ("ftray.exceptions", "from .wire.messages import Hello", "ftray.wire.messages"),
         ("ftray.worker.core", "import chaos.suites", "chaos.suites"),
+        ("chaos.checkers.history", "import time", "time"),
+        ("chaos.checkers.history", "from ftray import exceptions", "ftray.exceptions"),
+        ("chaos.checkers.history", "from chaos import suites", "chaos"),
         (
             "ftray.worker.core",
             "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import ftray\nelse:\n    import ftray.raylet",

@@ -53,8 +53,8 @@ def test_the_threshold(used: int, short: bool) -> None:
 def test_the_explanation_names_the_figures_and_the_largest() -> None:
     victim = candidate("train", 5.0, gib=3.25)
     text = explain(Usage(15 * GIB, 16 * GIB, "this machine"), 90.0, victim, [victim, candidate("other", 1.0, gib=8)])
-    assert "15.00 of 16.00 GiB of this machine" in text and "90 %" in text and "3.25 GiB" in text
-    assert text.index("8.00 GiB (other)") < text.index("3.25 GiB (train)")
+    assert "15.00 GiB of 16.00 GiB of this machine" in text and "90 %" in text and "3,328 MiB" in text
+    assert text.index("8,192 MiB (other)") < text.index("3,328 MiB (train)")
 
 
 def test_readings_of_this_machine_are_sensible(tmp_path: Any) -> None:
@@ -83,3 +83,13 @@ def test_the_limit_with_the_least_room_counts() -> None:
 def test_limits_that_make_no_sense_are_refused(overrides: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="memory_"):
         config_from({}, overrides)
+
+
+@pytest.mark.parametrize("name", ["memory_monitor_period_ms", "store_room_wait_ms", "task_oom_retries"])
+def test_a_setting_below_its_range_is_refused_by_name(name: str) -> None:
+    """A period below zero would be a loop without a pause."""
+    with pytest.raises(ValueError, match=f"{name} must be at least -?[01], not -2"):
+        config_from({f"FTRAY_{name.upper()}": "-2"})
+    assert config_from({}, {"task_oom_retries": -1, "task_max_retries": -1}).task_oom_retries == -1
+    with pytest.raises(ValueError, match="spill_threshold_percent must be from 0 to 100, not 101"):
+        config_from({}, {"spill_threshold_percent": 101.0})

@@ -1,5 +1,5 @@
 """Runtime environments at a node, seen in messages: what is fetched when, what waits for what, what is kept on disk.
-Real processes, fake workers."""
+Real processes, fake workers. The first test finds a node that has never had an environment."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ from ftray.raylet.packages import Manifest, chunk_key, package_uri
 from ftray.wire import messages as m
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def node() -> Iterator[NodeProcess]:
+    """One for all tests: each has a driver, so a job, of its own."""
     made = NodeProcess(config={"environment_bytes_max": 1, "idle_worker_kill_ms": 1})
     assert made.ready["ok"], made.ready
     yield made
@@ -106,9 +107,9 @@ def test_packages_are_unpacked_once_and_leave_when_nobody_needs_them(
     assert shared["paths"] == [str(folder.parent / two[16:48])]
     assert folders(node) == {one[16:48], two[16:48]}
     # The limit is a byte, but nothing goes while the job lives.
-    driver.say(m.ReturnLeases((grant.lease_id, second.lease_id)))
-    driver.say(demand(1, 0, first=False))
+    driver.say(demand(1, 0, first=False))  # before they are returned, or they are granted anew
     driver.say(demand(2, 0, first=False))
+    driver.say(m.ReturnLeases((grant.lease_id, second.lease_id)))
     other = Driver(node)
     other.lease(1)
     assert folders(node) == {one[16:48], two[16:48]}

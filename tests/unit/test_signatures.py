@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -42,6 +43,21 @@ def test_it_judges_as_python_does(function: Any, args: Any, kwargs: Any, fits: b
         assert not surely
         with pytest.raises(TypeError, match=r"^f\("):
             arity.check(args, kwargs)
+
+
+def test_a_decorator_may_add_arguments() -> None:
+    def with_session(function: Any) -> Any:
+        @functools.wraps(function)
+        def wrapper(*args: Any) -> Any:
+            return function("session", *args)
+
+        return wrapper
+
+    arity = Arity(with_session(positional), "f")
+    assert arity.low <= 1 <= arity.high
+    arity.check((1,), {})
+    with pytest.raises(TypeError, match=r"^f\(\*args"):
+        arity.check((1,), {"c": 1})
 
 
 def test_of_a_class_the_constructor_counts() -> None:

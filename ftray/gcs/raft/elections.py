@@ -48,6 +48,8 @@ class Elections:
         self._attempt = 0
         self._promises: set[bytes] | None = None
         """Who has promised in this attempt; None while none is under way."""
+        self._granted = False
+        """A majority has promised: the next tick is to campaign."""
         self._lost_at_ms = NEVER_MS
         """When to ask because the leader's link has closed."""
         self._retries = 0
@@ -75,6 +77,7 @@ class Elections:
         """The leader of this term has said something."""
         self._heard_ms = now_ms
         self._promises = None
+        self._granted = False
         self._lost_at_ms = NEVER_MS
 
     def lost_leader(self, now_ms: float) -> None:
@@ -97,12 +100,15 @@ class Elections:
         """Before each tick: keeps the library from campaigning on its own, and asks if it is time."""
         engine = self._engine
         if engine.leads:
-            self._promises, self._lost_at_ms = None, NEVER_MS
+            self._promises, self._lost_at_ms, self._granted = None, NEVER_MS, False
             return
         if not self._votes:
             if engine.election_due():
                 engine.postpone()
             self._lost_at_ms = NEVER_MS
+            return
+        if self._granted:
+            self._granted = False
             return
         if engine.handing_over or not (engine.election_due() or now_ms >= self._lost_at_ms):
             return
@@ -146,4 +152,5 @@ class Elections:
         if self._promises is not None and len(self._promises) + 1 > (len(self._voters) + 1) / 2:
             self._promises = None
             self._lost_at_ms = NEVER_MS
+            self._granted = True
             self._engine.campaign()

@@ -23,13 +23,13 @@ Rejected: patching the library in place (all its users in the process would get 
 from __future__ import annotations
 
 import importlib.util
-import logging
 import random
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from types import ModuleType
 from typing import Any, Protocol
 
+from ftray.gcs.raft import messages as m
 from ftray.gcs.raft.errors import LibraryMovedError
 from ftray.gcs.raft.log import RaftLog
 
@@ -138,8 +138,22 @@ class PeerNode(_lib.Node):  # type: ignore[misc]
 class Owner(Protocol):
     """What an engine asks of its replica."""
 
-    def on_send(self, peer: bytes, message: dict[str, Any]) -> bool:
-        """The library sends; returns whether there is a way to the peer."""
+    @property
+    def round(self) -> int:
+        """What goes with the leader's messages."""
+        ...
+
+    @property
+    def round_seen(self) -> int:
+        """What goes with an answer to the leader."""
+        ...
+
+    def on_send(self, peer: bytes, message: m.PeerMessage) -> None:
+        """A message for a peer."""
+        ...
+
+    def on_snapshot_needed(self, peer: bytes) -> None:
+        """The peer needs entries that are not in the log any more."""
         ...
 
     def on_apply(self, index: int, term: int, command: bytes) -> None:
@@ -148,12 +162,42 @@ class Owner(Protocol):
 
 
 class _Transport(_lib.Transport):  # type: ignore[misc]
-    def __init__(self, owner: Owner) -> None:
+    """Turns what the library sends into messages of ours, with the term on each."""
+
+    def __init__(self, engine: Engine, owner: Owner, log: RaftLog) -> None:
         super().__init__(None, None, [])
+        self._engine = engine
         self._owner = owner
+        self._log = log
 
     def send(self, node: PeerNode, message: dict[str, Any]) -> bool:
-        return self._owner.on_send(node.replica_id, message)
+        peer, owner, term = node.replica_id, self._owner, self._engine.term
+        out: m.PeerMessage
+        match message["type"]:
+            case "append_entries" if "prevLogIdx" in message:
+                out = m.Append(
+                    term, owner.round, message["commit_index"], message["prevLogIdx"], message["prevLogTerm"],
+                    tuple(message["entries"]),
+                )  # fmt: skip
+            case "append_entries":
+                self._engine.skip(peer)
+                owner.on_snapshot_needed(peer)
+                out = m.Ping(term, owner.round)
+            case "next_node_idx":
+                next_index, reset = message["next_node_idx"], message["reset"]
+                if reset and self._log[0][1] <= next_index <= self._engine.last_index:
+                    next_index = self._log.first_of_term(next_index)  # not one entry with each message
+                out = m.Ack(term, owner.round_seen, next_index, reset, message["success"])
+            case "request_vote":
+                out = m.VoteRequest(term, message["last_log_index"], message["last_log_term"])
+            case "response_vote":
+                out = m.Vote(message["term"])
+            case "timeout_now":
+                out = m.TimeoutNow(term)
+            case _:
+                return False  # commands forwarded to a leader: that is not used here
+        owner.on_send(peer, out)
+        return True
 
 
 class _NoSerializer:
@@ -166,10 +210,10 @@ class _NoSerializer:
 class _Raft(_lib.SyncObj):  # type: ignore[misc]
     """The library's object with the methods that are ours."""
 
-    def __init__(self, owner: Owner, rng: random.Random, me: PeerNode, conf: Any) -> None:
+    def __init__(self, engine: Engine, owner: Owner, rng: random.Random, log: RaftLog, conf: Any) -> None:
         self._ftray_owner = owner
         self._ftray_rng = rng
-        super().__init__(me, [], conf, transport=_Transport(owner))
+        super().__init__(engine.me, [], conf, transport=_Transport(engine, owner, log))
 
     def _SyncObj__generateRaftTimeout(self) -> float:
         conf = self._SyncObj__conf
@@ -222,9 +266,11 @@ class Engine:
         append_ms: float,
         fallback_ms: float,
     ) -> None:
-        self._clock = lambda: now_ms() / 1000.0
+        self._clock: Callable[[], float] = lambda: now_ms() / 1000.0
         self._log = log
         self._nodes: dict[bytes, PeerNode] = {}
+        self._skipped: dict[PeerNode, int] = {}
+        """What is known of peers that were skipped in this tick."""
         self.me = self.node(me)
         self._enter()
         conf = _lib.SyncObjConf(
@@ -233,14 +279,14 @@ class Engine:
             raftMaxTimeout=election_max_ms / 1000.0,
             appendEntriesPeriod=append_ms / 1000.0,
             leaderFallbackTimeout=fallback_ms / 1000.0,
-            connectionTimeout=3600.0,
+            connectionTimeout=1e9,  # that is for its own sockets
             appendEntriesUseBatch=False,  # followers learn at once what is committed
             appendEntriesBatchSizeBytes=1 << 62,  # so it never cuts an entry into pieces, which it does wrongly
             dynamicMembershipChange=False,
             useFork=False,
         )
         conf.journalFile = log
-        self._raft = _Raft(owner, rng, self.me, conf)
+        self._raft: Any = _Raft(self, owner, rng, log, conf)
         check_names(self._raft)
         self._raft._SyncObj__serializer = _NoSerializer()
         if log.snapshot_index:
@@ -318,10 +364,56 @@ class Engine:
     def tick(self) -> None:
         self._enter()
         self._raft.doTick(0.0)
+        self._put_back()
 
-    def receive(self, peer: bytes, message: dict[str, Any]) -> None:
+    def _receive(self, peer: bytes, message: dict[str, Any]) -> None:
         self._enter()
         self._raft._SyncObj__onMessageReceived(self.node(peer), message)
+        self._put_back()
+
+    def on_append(self, peer: bytes, event: m.Append) -> None:
+        """A leader of this term or a later one sends entries."""
+        # What is not known to agree with the leader's log is not committed, though it may be here.
+        verified = event.previous_index + len(event.entries)
+        self._receive(peer, {
+            "type": "append_entries", "term": event.term, "commit_index": min(event.commit, verified),
+            "entries": event.entries, "prevLogIdx": event.previous_index, "prevLogTerm": event.previous_term,
+        })  # fmt: skip
+
+    def on_leader(self, peer: bytes, term: int) -> None:
+        """A leader of this term or a later one is there; nothing is known of the log here."""
+        self._receive(peer, {"type": "append_entries", "term": term, "commit_index": 0, "serialized": None})
+
+    def on_ack(self, peer: bytes, ack: m.Ack) -> None:
+        """An acknowledgement of this term."""
+        self._receive(peer, {
+            "type": "next_node_idx", "reset": ack.reset, "success": ack.success,
+            "next_node_idx": max(1, min(ack.next_index, self.last_index + 1)),
+        })  # fmt: skip
+
+    def on_vote_request(self, peer: bytes, event: m.VoteRequest) -> None:
+        self._receive(peer, {
+            "type": "request_vote", "term": event.term, "last_log_index": event.last_index,
+            "last_log_term": event.last_term,
+        })  # fmt: skip
+
+    def on_vote(self, peer: bytes, term: int) -> None:
+        self._receive(peer, {"type": "response_vote", "term": term})
+
+    def on_timeout_now(self, peer: bytes, term: int) -> None:
+        self._receive(peer, {"type": "timeout_now", "term": term})
+
+    def skip(self, peer: bytes) -> None:
+        """While the library sends: that peer needs a snapshot, and nothing else now. (The library goes on asking for
+        its part of one, until 30 ms have passed, unless the peer seems to have all entries.)"""
+        node, next_index = self.node(peer), self._raft._SyncObj__raftNextIndex
+        self._skipped.setdefault(node, next_index[node])
+        next_index[node] = self.last_index + 1
+
+    def _put_back(self) -> None:
+        if self._skipped:
+            self._raft._SyncObj__raftNextIndex.update(self._skipped)
+            self._skipped.clear()
 
     def connected(self, peer: bytes) -> None:
         self._raft._SyncObj__onNodeConnected(self.node(peer))

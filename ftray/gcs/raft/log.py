@@ -4,7 +4,8 @@ Role: shell around a journal. In memory a list of entries; what changes is colle
 
 What is in the journal
 - `ENTRY`: an entry. One whose index is not after the last one replaces that entry and all after it.
-- `META`: the term, the vote, the commit index, and the first table of members. Written with each batch; the last counts.
+- `META`: the term, the vote, the commit index, and the first table of members. Written with each batch; the last one
+  counts.
 - `SNAPSHOT`: state and table of members after an entry; first in its file.
 
 Rules

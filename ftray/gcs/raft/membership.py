@@ -103,7 +103,7 @@ def remove(members: Table, replica_id: bytes) -> Table | str:
 
 
 def next_step(members: Table, caught_up: Sequence[bytes]) -> Table | None:
-    """What the leader is to do next of the changes that are under way, if anything; learners in `caught_up` may vote."""
+    """The leader's next step of the changes that are under way, if any; learners in `caught_up` may vote."""
     for member in members:
         if member.voter and member.replaces:
             without = remove(members, member.replaces)

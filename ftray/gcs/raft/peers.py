@@ -23,7 +23,7 @@ before); a designated first head that forms the cluster (one more thing to confi
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Protocol
 
 from ftray.gcs.raft.errors import MembershipMismatchError, ReplicaRefusedError, ReplicaRemovedError
@@ -184,11 +184,8 @@ class Peers:
         for other, former in list(self._links.items()):
             if other == link or former.hello is None or former.hello.replica_id != hello.replica_id:
                 continue
-            smaller = min(self.me, hello.replica_id)
-            ours = self.me == smaller
-            if (
-                former.hello.boot == hello.boot and former.dialled != peer.dialled and peer.dialled != ours
-            ):
+            ours = self.me < hello.replica_id
+            if former.hello.boot == hello.boot and former.dialled != peer.dialled and peer.dialled != ours:
                 self._drop(link, "there is another link between these heads")
                 return False
             self._drop(other, "a new link takes its place")
@@ -312,3 +309,28 @@ class Peers:
             PEER_VERSION, self._cluster_id, self.me, self._endpoint, self._boot, self._heads, raft_log.members,
             raft_log.members_index, raft_log.active, self._joining and find(raft_log.members, self.me) is None,
         )  # fmt: skip
+
+
+def check_heads(raft_log: RaftLog, endpoint: str, heads: Sequence[str], join: bool) -> None:
+    """Raises MembershipMismatchError if a head is started as, or with, others than its disk knows."""
+    members = raft_log.members
+    if not members:
+        if not heads or (not join and endpoint not in heads):
+            raise MembershipMismatchError(
+                f"this head, {endpoint}, is not in the list of heads ({', '.join(heads) or 'empty'}) that it was "
+                "started with: give all heads the same list, with each of them"
+            )
+        return
+    known = sorted(member.endpoint for member in members)
+    if heads and not join and sorted(set(heads)) != known:
+        raise MembershipMismatchError(
+            f"this head was started with the heads {', '.join(sorted(set(heads)))}, but the cluster, as its disk knows "
+            f"it, has {', '.join(known)}. Start it without a list to go on with what the disk says; to change the "
+            "cluster use ftray heads add, remove or replace"
+        )
+    mine = find(members, raft_log.journal.replica_id)
+    if mine is not None and mine.endpoint != endpoint:
+        raise MembershipMismatchError(
+            f"this head's disk belongs to {mine.endpoint}, and it was started as {endpoint}: start it under its own "
+            "address, or empty its directory and replace it (ftray heads replace)"
+        )

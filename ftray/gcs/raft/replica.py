@@ -23,21 +23,23 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, Protocol, TypeVar
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import msgspec
 
 from ftray.gcs.raft import membership
 from ftray.gcs.raft import messages as m
+from ftray.gcs.raft.desk import Confirmed, Desk, register
 from ftray.gcs.raft.elections import NEVER_MS, Elections
-from ftray.gcs.raft.errors import MembershipMismatchError, NewerCommandError, ReplicaRemovedError
+from ftray.gcs.raft.errors import NewerCommandError, ReplicaRemovedError
+from ftray.gcs.raft.leading import Leading, decode_entry
 from ftray.gcs.raft.library import Engine
 from ftray.gcs.raft.log import MEMBERSHIP, REGULAR, JournalLike, RaftLog, decode_snapshot_body, encode_snapshot_body
-from ftray.gcs.raft.peers import Link, Peers
-from ftray.gcs.raft.snapshots import Receiver, Sender, part_of
+from ftray.gcs.raft.peers import Link, Peers, check_heads
+from ftray.gcs.raft.shell import PeerTransport, Timing
+from ftray.gcs.raft.snapshots import Made, Receiver, Sender, part_of
 from ftray.gcs.replica import COMPACT_BYTES, ChangeCallback, ReplicaClosedError, ReplyCallback, Request
-from ftray.gcs.state.commands import AnyCommand, decode_command
 from ftray.gcs.state.errors import (
     CommandError,
     JournalCorruptError,
@@ -46,49 +48,14 @@ from ftray.gcs.state.errors import (
     SnapshotError,
     SnapshotVersionError,
 )
-from ftray.gcs.state.state import VALUE_BYTES_MAX, GcsState, admit
+from ftray.gcs.state.state import VALUE_BYTES_MAX, GcsState
 from ftray.gcs.state.tables import Code, Result
 
 log = logging.getLogger("ftray.gcs")
 
 STALL_RETRY_MS = 50.0
-HAND_OVER_RETRY_MS = 10.0
 _REGULAR = bytes([REGULAR])
 _MEMBERSHIP = bytes([MEMBERSHIP])
-
-T = TypeVar("T")
-Confirmed = Callable[[bool], None]
-
-
-class Timing(NamedTuple):
-    """Times of Raft, in milliseconds."""
-
-    election_min_ms: float = 200.0
-    election_max_ms: float = 400.0
-    append_ms: float = 30.0
-    """How often a leader that has nothing to say is heard."""
-    fallback_ms: float = 400.0
-    """A leader that hears no majority for so long steps down."""
-
-
-class PeerTransport(Protocol):
-    """Links to other heads: ordered, and without loss while they are open. A link is any hashable of the shell's."""
-
-    def send(self, link: Link, data: bytes) -> None:
-        """Sends a message. One to a link that has closed is dropped."""
-        ...
-
-    def close(self, link: Link, reason: str) -> None:
-        """Closes the link when all that was sent has left. `link_closed` need not follow."""
-        ...
-
-
-class _Entry(msgspec.Struct, array_like=True, frozen=True, gc=False):
-    """What a regular entry holds, as in the journal of a single replica."""
-
-    client_id: bytes
-    sequence: int
-    command: bytes
 
 
 class _Opened(NamedTuple):
@@ -97,10 +64,6 @@ class _Opened(NamedTuple):
 
 class _Closed(NamedTuple):
     reason: str
-
-
-_encode_entry = msgspec.msgpack.Encoder().encode
-_decode_entry = msgspec.msgpack.Decoder(_Entry).decode
 
 
 class RaftReplica:
@@ -144,8 +107,10 @@ class RaftReplica:
         if snapshot is not None:
             self.state = self._restore(snapshot)
         self._compact_at_bytes = max(compact_bytes, 2 * len(snapshot or b""))
-        heads = tuple(heads) or tuple(member.endpoint for member in self._log.first_members)
-        self._check_heads(heads, join)
+        heads = tuple(heads)
+        check_heads(self._log, endpoint, heads, join)
+        if not heads:
+            heads = tuple(member.endpoint for member in self._log.members)
         self._peers = Peers(
             self, self._log, journal.cluster_id, endpoint, heads, rng.getrandbits(62), join and not self._log.active
         )
@@ -158,54 +123,18 @@ class RaftReplica:
         self._inbound: list[tuple[Link, m.PeerMessage | _Opened | _Closed]] = []
         self._outbox: list[tuple[Link, bytes | None, str]] = []
         """What leaves after the next sync; None closes the link."""
-        self._queue: list[tuple[Request, ReplyCallback]] = []
-        self._table_requests: list[tuple[Callable[[membership.Table], membership.Table | str], ReplyCallback]] = []
-        self._waiting: dict[int, tuple[int, ReplyCallback]] = {}
-        """By entry, its term and who waits for it."""
-        self._results: list[tuple[ReplyCallback, Result]] = []
-        self._confirms: list[Confirmed] = []
-        """Fresh reads that came since the last turn."""
-        self._confirming: list[tuple[int, Confirmed]] = []
-        """Fresh reads, with the round that confirms them."""
-        self._round = 0
-        self._round_seen = 0
+        self._desk = Desk(lambda: self.state.revision)
+        self.round_seen = 0
         """As a follower: the round of the leader's message that is being answered."""
-        self._rounds: dict[bytes, int] = {}
-        """At the leader: the latest round that each peer has answered in this term."""
-        self._led_term = -1
-        self._callbacks: list[ChangeCallback] = []
-        self._reset_callbacks: list[Callable[[], None]] = []
-        self._busy = False
+        self._resigning = False
+        self._leading: Leading | None = None
         self._stalled_ms: float | None = None
         """Since when the disk takes nothing."""
-        self._resigning = False
-        self._hand_over_ms = -NEVER_MS
+        self._replaced = False
+        """The state came in a snapshot: watchers are to be told."""
         if self._log.active:
             self.on_active()
         self._peers.start()
-
-    def _check_heads(self, heads: Sequence[str], join: bool) -> None:
-        members = self._log.members
-        if not members:
-            if not heads or (not join and self.endpoint not in heads):
-                raise MembershipMismatchError(
-                    f"this head, {self.endpoint}, is not in the list of heads ({', '.join(heads) or 'empty'}) that it "
-                    "was started with: give all heads the same list, with each of them"
-                )
-            return
-        known = sorted(member.endpoint for member in members)
-        if not join and sorted(set(heads)) != known:
-            raise MembershipMismatchError(
-                f"this head was started with the heads {', '.join(sorted(set(heads)))}, but the cluster, as its disk "
-                f"knows it, has {', '.join(known)}. Start it without a list to go on with what the disk says; to "
-                "change the cluster use ftray heads add, remove or replace"
-            )
-        mine = membership.find(members, self.replica_id)
-        if mine is not None and mine.endpoint != self.endpoint:
-            raise MembershipMismatchError(
-                f"this head's disk belongs to {mine.endpoint}, and it was started as {self.endpoint}: start it under "
-                "its own address, or empty its directory and replace it (ftray heads replace)"
-            )
 
     # --- the replica's interface --------------------------------------------------------------------------------------
 
@@ -217,11 +146,8 @@ class RaftReplica:
     @property
     def is_leader(self) -> bool:
         """Whether commands are taken here. False while the disk is full, or the replica is about to hand over."""
-        engine = self._engine
-        return (
-            engine is not None and engine.leads and engine.own_term_applied and not self._resigning
-            and self._journal is not None and self._stalled_ms is None
-        )  # fmt: skip
+        leading = self._leading
+        return leading is not None and leading.ready and self._journal is not None and self._stalled_ms is None
 
     @property
     def leader_hint(self) -> str:
@@ -232,32 +158,34 @@ class RaftReplica:
     def propose(self, request: Request, reply: ReplyCallback) -> None:
         """Queues a command; `reply` gets its result from a `flush`. Raises ReplicaClosedError."""
         self._require_open()
-        self._queue.append((request, reply))
+        self._desk.requests.append((request, reply))
 
     def confirm(self, confirmed: Confirmed) -> None:
         """For a fresh read: calls back from a `flush` with True once `state` has everything that was acknowledged
         anywhere before this call, or with False if this replica does not lead. Raises ReplicaClosedError."""
         self._require_open()
-        self._confirms.append(confirmed)
+        self._desk.reads.append(confirmed)
 
     def on_change(self, callback: ChangeCallback) -> Callable[[], None]:
         """Calls back with each batch of changes, from now on. Returns a function that ends it."""
-        return _register(self._callbacks, callback)
+        return register(self._desk.on_change, callback)
 
     def on_reset(self, callback: Callable[[], None]) -> Callable[[], None]:
         """Calls back when `state` was replaced by a snapshot: there are no changes that lead to it. Returns a function
         that ends it."""
-        return _register(self._reset_callbacks, callback)
+        return register(self._desk.on_reset, callback)
 
     def close(self) -> None:
         """Stops the replica. What has been asked and not answered is answered `not_leader`. May be repeated."""
+        self._end("this head is stopping")
+
+    def _end(self, message: str) -> None:
         journal, self._journal = self._journal, None
         if journal is not None:
             journal.close()
             self._outbox.clear()
             self._inbound.clear()
-            self._results.clear()
-            self._fail_all("this head is stopping")
+            self._desk.close(message)
 
     # --- members ------------------------------------------------------------------------------------------------------
 
@@ -277,30 +205,25 @@ class RaftReplica:
 
     def add_head(self, replica_id: bytes, endpoint: str, reply: ReplyCallback, replaces: bytes = b"") -> None:
         """Adds a head, in place of `replaces` if that is given: it votes once it has caught up, and then the other one
-        goes. `reply` gets the result when the first step is committed."""
+        goes. `reply` gets the result when the first step is committed. Raises ReplicaClosedError."""
         self._require_open()
-        self._table_requests.append((lambda table: membership.add(table, replica_id, endpoint, replaces), reply))
+        self._desk.table_requests.append((lambda table: membership.add(table, replica_id, endpoint, replaces), reply))
 
     def remove_head(self, replica_id: bytes, reply: ReplyCallback) -> None:
-        """Removes a head. The leader itself hands over first, and answers `not_leader`: repeat it at the next one."""
+        """Removes a head. The leader itself hands over first, and answers `not_leader`: repeat it at the next one.
+        Raises ReplicaClosedError."""
         self._require_open()
-
-        def change(table: membership.Table) -> membership.Table | str:
-            return membership.remove(table, replica_id)
-
-        if replica_id == self.replica_id:
-            self._resigning = True
-            self._answer(reply, Code.NOT_LEADER, "this head hands over, so that another one removes it: ask again")
-        else:
-            self._table_requests.append((change, reply))
+        self._desk.table_requests.append((lambda table: membership.remove(table, replica_id), reply))
 
     def resign(self) -> None:
         """Begins a clean stop: takes no more commands, and hands over. Close when `resigned`, or after a while."""
         self._resigning = True
+        if self._leading is not None:
+            self._leading.resigning = True
 
     @property
     def resigned(self) -> bool:
-        """Whether there is nothing left to hand over."""
+        """Whether there is nothing left to hand over, or nobody to hand it to."""
         engine = self._engine
         return engine is None or not engine.leads or not self._peers.connected
 
@@ -338,6 +261,7 @@ class RaftReplica:
         try:
             self._inbound.append((link, m.decode(data)))
         except msgspec.DecodeError as error:
+            log.warning("a head sent a message that is none: %s", error)
             self._transport.close(link, f"a message that is none: {error}")
             self.link_closed(link, "it sent a message that is none")
 
@@ -353,21 +277,20 @@ class RaftReplica:
             return NEVER_MS
         if self._stalled_ms is not None:
             return self._now_ms() + STALL_RETRY_MS
-        if self._inbound or self._queue or self._confirms or self._table_requests:
+        if self._inbound or self._desk.pending:
             return self._now_ms()
-        if self._engine is None or self._elections is None:
+        if self._engine is None or self._elections is None or self._leading is None:
             return NEVER_MS
-        wake_ms = min(self._engine.next_wake_ms(), self._elections.next_wake_ms())
-        if self._resigning and not self.resigned:
-            wake_ms = min(wake_ms, max(self._hand_over_ms + HAND_OVER_RETRY_MS, self._now_ms() + 1.0))
-        return wake_ms
+        return min(
+            self._engine.next_wake_ms(), self._elections.next_wake_ms(), self._leading.next_wake_ms(self._now_ms())
+        )
 
     def flush(self) -> None:
         """Does what is due. See the module.
 
         Raises what stops the replica (JournalFailedError, DivergedError, ReplicaRemovedError, ...): it is closed then.
         """
-        if self._busy:
+        if self._desk.busy:
             raise RuntimeError("flush inside a callback of the replica: propose is enough, its turn comes")
         again = True
         while again and self._journal is not None:
@@ -375,41 +298,33 @@ class RaftReplica:
                 again = self._turn()
             except BaseException as error:
                 self.stopped = error
-                self._outbox.clear()  # nothing of this turn is durable, perhaps
-                self._results.clear()
-                journal, self._journal = self._journal, None
-                if journal is not None:
-                    journal.close()
-                self._fail_all(f"this head has stopped: {error}")
+                self._end(f"this head has stopped: {error}")
                 raise
 
     def _turn(self) -> bool:
         """Returns whether there is more to do at once."""
         now_ms = self._now_ms()
         if self._stalled_ms is not None and not self._write(now_ms):
-            self._refuse_while_stalled(now_ms)
+            self._wait_for_disk(now_ms)
             return False
         inbound, self._inbound = self._inbound, []
         for link, event in inbound:
             self._deliver(link, event, now_ms)
             self._follow_table()
-        engine, elections = self._engine, self._elections
-        if engine is not None and elections is not None:
-            self._take_confirms(engine)
-            self._take_requests(engine)
-            if not self._others():
-                if not self._write(now_ms):  # alone, an entry counts as soon as it is in the log
-                    return False
+        engine, elections, leading = self._engine, self._elections, self._leading
+        if engine is not None and elections is not None and leading is not None:
+            leading.take_requests(self.is_leader)
+            if not leading.others() and not self._write(now_ms):
+                return False  # alone, an entry counts as soon as it is in the log, so that is made durable first
             elections.plan(now_ms)
             engine.tick()
-            self._follow_leadership(engine, now_ms)
+            leading.after_tick(now_ms)
         else:
-            self._fail_all("this head has no part in the cluster yet")
-        self._give_confirmations()
+            self._desk.refuse(Code.NOT_LEADER, "this head has no part in the cluster yet")
         if self._write(now_ms):
             self._release()
             self._try_compact()
-        return bool(self._queue or self._confirms or self._table_requests)
+        return self._desk.pending
 
     def _write(self, now_ms: float) -> bool:
         """Makes everything durable. False if the disk is full: nothing may leave then."""
@@ -425,19 +340,13 @@ class RaftReplica:
             log.warning("the disk takes what this head writes again")
         return True
 
-    def _refuse_while_stalled(self, now_ms: float) -> None:
+    def _wait_for_disk(self, now_ms: float) -> None:
         self._inbound = [
             each for each in self._inbound if isinstance(each[1], (_Opened, _Closed, m.Hello, m.Refused))
-        ]  # Raft's messages may get lost
-        queue, self._queue = self._queue, []
-        requests, self._table_requests = self._table_requests, []
-        confirms, self._confirms = self._confirms, []
-        for _, reply in [*queue, *requests]:
-            self._answer(reply, Code.UNAVAILABLE, "the command was not carried out: the disk of this head is full")
-        for confirmed in confirms:
-            self._call(confirmed, False)
+        ]  # Raft's own messages may get lost
+        self._desk.refuse(Code.UNAVAILABLE, "the command was not carried out: the disk of this head is full")
         if self._stalled_ms is not None and now_ms - self._stalled_ms > self._timing.fallback_ms:
-            self._fail_waiting("the disk of this head is full")
+            self._desk.fail_waiting("the disk of this head is full: the outcome is not known")
 
     def _release(self) -> None:
         """What has become durable is told."""
@@ -447,13 +356,10 @@ class RaftReplica:
                 self._transport.close(link, reason)
             else:
                 self._transport.send(link, data)
-        changes = self.state.take_changes()
-        if changes:
-            for callback in tuple(self._callbacks):
-                self._call(callback, changes)
-        results, self._results = self._results, []
-        for reply, result in results:
-            self._call(reply, result)
+        if self._replaced:
+            self._replaced = False
+            self._desk.reset()
+        self._desk.release(self.state.take_changes())
 
     # --- what peers say -----------------------------------------------------------------------------------------------
 
@@ -461,263 +367,114 @@ class RaftReplica:
         match event:
             case _Opened(dialled):
                 self._peers.opened(link, dialled)
-                return
             case _Closed():
                 self._peers.closed(link)
-                return
             case m.Hello():
                 self._peers.on_hello(link, event)
-                return
             case m.Refused():
                 self._peers.on_refused(link, event)
-                return
             case _:
-                pass
-        sender = self._peers.sender(link)
-        engine, elections = self._engine, self._elections
-        if sender is None or engine is None or elections is None:
-            return
-        peer = sender.replica_id
+                sender, engine, elections = self._peers.sender(link), self._engine, self._elections
+                leading = self._leading
+                if sender is not None and engine is not None and elections is not None and leading is not None:
+                    if isinstance(event, (m.Ack, m.SnapshotAck)):
+                        leading.on_ack(sender.replica_id, event, now_ms)
+                    else:
+                        self._hear(engine, elections, sender.replica_id, event, now_ms)
+
+    def _hear(
+        self, engine: Engine, elections: Elections, peer: bytes, event: m.PeerMessage, now_ms: float
+    ) -> None:
+        """A member says something."""
         match event:
             case m.Append() | m.Ping() | m.SnapshotPart():
                 self._follow(engine, elections, peer, event, now_ms)
-            case m.Ack() | m.SnapshotAck():
-                self._on_ack(engine, peer, event, now_ms)
-            case m.VoteRequest():
-                if elections.votes:
-                    engine.receive(peer, {
-                        "type": "request_vote", "term": event.term, "last_log_index": event.last_index,
-                        "last_log_term": event.last_term,
-                    })  # fmt: skip
-            case m.Vote():
-                if event.term == engine.term and elections.first_vote(peer):
-                    engine.receive(peer, {"type": "response_vote", "term": event.term})
-            case m.PreVoteRequest():
-                if elections.votes:
-                    elections.on_request(peer, event, now_ms)
+            case m.VoteRequest() if elections.votes:
+                engine.on_vote_request(peer, event)
+            case m.Vote() if event.term == engine.term and elections.first_vote(peer):
+                engine.on_vote(peer, event.term)
+            case m.PreVoteRequest() if elections.votes:
+                elections.on_request(peer, event, now_ms)
             case m.PreVote():
                 elections.on_answer(peer, event, now_ms)
-            case m.TimeoutNow():
-                if elections.votes:
-                    engine.receive(peer, {"type": "timeout_now", "term": event.term})
+            case m.TimeoutNow() if elections.votes:
+                engine.on_timeout_now(peer, event.term)
+            case _:
+                pass
 
     def _follow(
-        self, engine: Engine, elections: Elections, peer: bytes, event: m.Append | m.Ping | m.SnapshotPart, now_ms: float
+        self,
+        engine: Engine,
+        elections: Elections,
+        peer: bytes,
+        event: m.Append | m.Ping | m.SnapshotPart,
+        now_ms: float,
     ) -> None:
         """The leader of some term speaks."""
         if event.term < engine.term:
             # It would not learn otherwise that its term is over, and this replica could never follow it.
-            self._send(peer, m.Ack(engine.term, 0, 0, False, False))
+            self.on_send(peer, m.Ack(engine.term, 0, 0, False, False))
             return
-        self._round_seen = event.round
-        if isinstance(event, m.Append):
-            verified = event.previous_index + len(event.entries)
-            engine.receive(peer, {
-                "type": "append_entries", "term": event.term, "commit_index": min(event.commit, verified),
-                "entries": event.entries, "prevLogIdx": event.previous_index, "prevLogTerm": event.previous_term,
-            })  # fmt: skip
-            elections.heard_leader(now_ms)
-            return
-        # Nothing is known of the log here, so nothing may be taken for committed.
-        engine.receive(peer, {"type": "append_entries", "term": event.term, "commit_index": 0, "serialized": None})
+        self.round_seen = event.round
         elections.heard_leader(now_ms)
+        if isinstance(event, m.Append):
+            engine.on_append(peer, event)
+            return
+        engine.on_leader(peer, event.term)
         if isinstance(event, m.Ping):
-            self._send(peer, m.Ack(engine.term, event.round, 0, False, False))
+            self.on_send(peer, m.Ack(engine.term, event.round, 0, False, False))
         elif self._log.has(event.index, event.index_term):
-            self._send(peer, m.Ack(engine.term, event.round, event.index + 1, True, True))
+            self.on_send(peer, m.Ack(engine.term, event.round, event.index + 1, True, True))
         else:
             taken = self._receiver.take(event)
-            if isinstance(taken, bytes):
-                self._install(engine, taken, event)
-                self._send(peer, m.Ack(engine.term, event.round, event.index + 1, True, True))
-            else:
-                self._send(peer, m.SnapshotAck(engine.term, event.round, event.index, taken))
-
-    def _on_ack(self, engine: Engine, peer: bytes, ack: m.Ack | m.SnapshotAck, now_ms: float) -> None:
-        if ack.term > engine.term:
-            engine.observe(ack.term)
-        if ack.term != engine.term or not engine.leads or membership.find(self._table, peer) is None:
-            return
-        self._rounds[peer] = max(ack.round, self._rounds.get(peer, 0))
-        engine.heard_from(peer)
-        if isinstance(ack, m.SnapshotAck):
-            self._sender.on_ack(peer, ack, now_ms)
-            return
-        if ack.success:
-            self._sender.drop(peer)
-        if ack.success or ack.reset:
-            engine.receive(peer, {
-                "type": "next_node_idx", "reset": ack.reset, "success": ack.success,
-                "next_node_idx": max(1, min(ack.next_index, engine.last_index + 1)),
-            })  # fmt: skip
+            if isinstance(taken, int):
+                self.on_send(peer, m.SnapshotAck(engine.term, event.round, event.index, taken))
+            elif self._install(engine, taken, event):
+                self.on_send(peer, m.Ack(engine.term, event.round, event.index + 1, True, True))
 
     # --- what the library says ----------------------------------------------------------------------------------------
 
-    def on_send(self, peer: bytes, message: dict[str, Any]) -> bool:
-        """For the engine: a message with this replica's term on it."""
-        engine = self._engine
-        assert engine is not None
-        term = engine.term
-        match message["type"]:
-            case "append_entries" if "prevLogIdx" in message:
-                return self._send(peer, m.Append(
-                    term, self._round, message["commit_index"], message["prevLogIdx"], message["prevLogTerm"],
-                    tuple(message["entries"]),
-                ))  # fmt: skip
-            case "append_entries":
-                self._sender.needed(peer, self._now_ms(), self._log[0][1])
-                return self._send(peer, m.Ping(term, self._round))
-            case "next_node_idx":
-                next_index = message["next_node_idx"]
-                if message["reset"] and self._log[0][1] <= next_index <= engine.last_index:
-                    next_index = self._log.first_of_term(next_index)  # not one entry with each message
-                return self._send(
-                    peer, m.Ack(term, self._round_seen, next_index, message["reset"], message["success"])
-                )
-            case "request_vote":
-                return self._send(peer, m.VoteRequest(term, message["last_log_index"], message["last_log_term"]))
-            case "response_vote":
-                return self._send(peer, m.Vote(message["term"]))
-            case "timeout_now":
-                return self._send(peer, m.TimeoutNow(term))
-        return False  # its own forwarding of commands is not used
+    @property
+    def round(self) -> int:
+        """For the engine."""
+        return self._desk.round
+
+    def on_send(self, peer: bytes, message: m.PeerMessage) -> None:
+        """For the engine: a message to a member, after the next sync. Without a link to it, it is dropped."""
+        link = self._peers.link_to(peer)
+        if link is not None:
+            self._outbox.append((link, m.encode(message), ""))
+
+    def on_snapshot_needed(self, peer: bytes) -> None:
+        """For the engine: the log does not go back to what that peer needs."""
+        self._sender.needed(peer, self._now_ms(), self._log[0][1])
 
     def on_apply(self, index: int, term: int, command: bytes) -> None:
         """For the engine: an entry is committed. Raises what must stop the replica."""
-        waiting_term, reply = self._waiting.pop(index, (term, None))
         result = Result(Code.OK, "", self.state.revision)
         if command[:1] == _REGULAR:
             try:
-                entry = _decode_entry(memoryview(command)[1:])
-                result = self.state.apply(entry.client_id, entry.sequence, decode_command(entry.command))
+                entry, decoded = decode_entry(command)
             except (CommandError, msgspec.DecodeError) as error:
                 raise NewerCommandError(
                     f"entry {index} can't be read ({error}): it was written by a head with a newer ftray. Start this "
                     "head with the same version"
                 ) from error
+            result = self.state.apply(entry.client_id, entry.sequence, decoded)
         elif command[:1] == _MEMBERSHIP:
             self._on_table_committed(membership.decode_table(memoryview(command)[1:]))
-        if reply is not None:
-            if waiting_term == term:
-                self._results.append((reply, result))
-            else:
-                self._answer(reply, Code.NOT_LEADER, "another head leads now: the outcome is not known here")
+        self._desk.applied(index, term, result)
 
     def _on_table_committed(self, members: membership.Table) -> None:
         log.info("the heads are now: %s", membership.show(members))
-        ours = self._log.members_at(self._log.commit)[0]
-        if membership.find(members, self.replica_id) is None and membership.find(ours, self.replica_id) is None:
+        # A head that was added (again) later in the log is a member.
+        if all(membership.find(each, self.replica_id) is None for each in (members, self._log.members)):
             raise ReplicaRemovedError(
                 f"this head (replica {self.replica_id.hex()}) was removed from the cluster; the heads are "
                 f"{membership.show(members)}. To add it again, empty its directory and let it join (ftray heads add)"
             )
 
-    # --- what clients ask ---------------------------------------------------------------------------------------------
-
-    def _take_requests(self, engine: Engine) -> None:
-        queue, self._queue = self._queue, []
-        leads = self.is_leader
-        for request, reply in queue:
-            if not leads:
-                self._answer(reply, Code.NOT_LEADER, "this head does not lead the cluster")
-                continue
-            checked = self._check(request)
-            if isinstance(checked, Result):
-                self._results.append((reply, checked))
-                continue
-            payload = _encode_entry(_Entry(request.client_id, request.sequence, request.command))
-            index, term = engine.append(_REGULAR + payload)
-            self._waiting[index] = (term, reply)
-        requests, self._table_requests = self._table_requests, []
-        for change, reply in requests:
-            if not leads:
-                self._answer(reply, Code.NOT_LEADER, "this head does not lead the cluster")
-            elif self._log.members_index > engine.commit_index:
-                self._answer(reply, Code.UNAVAILABLE, "another change of the heads is under way: ask again")
-            else:
-                changed = change(self._log.members)
-                if isinstance(changed, str):
-                    self._answer(reply, Code.INVALID, changed)
-                else:
-                    self._waiting[self._append_table(engine, changed)] = (engine.term, reply)
-
-    def _append_table(self, engine: Engine, members: membership.Table) -> int:
-        index, _ = engine.append(_MEMBERSHIP + membership.encode_table(members))
-        self._follow_table()
-        return index
-
-    def _check(self, request: Request) -> AnyCommand | Result:
-        """The command, or the answer to one that is not to be written."""
-        state = self.state
-        known = state.recall(request.client_id, request.sequence)
-        if known is not None:
-            return known
-        try:
-            command = decode_command(request.command)
-        except CommandError as error:
-            return Result(Code.INVALID, str(error), state.revision)
-        refused = admit(command, self.value_bytes_max)
-        return command if refused is None else Result(Code.TOO_LARGE, refused, state.revision)
-
-    def _take_confirms(self, engine: Engine) -> None:
-        if self._confirms and engine.leads:
-            self._round += 1
-            engine.hurry()
-            self._confirming += [(self._round, each) for each in self._confirms]
-            self._confirms = []
-
-    def _give_confirmations(self) -> None:
-        """Fresh reads whose round a majority has answered; all, with False, if this replica does not lead."""
-        engine = self._engine
-        lost = [] if engine is not None and engine.leads else [*self._confirms, *(each for _, each in self._confirming)]
-        if lost:
-            self._confirms, self._confirming = [], []
-            for confirmed in lost:
-                self._results.append((lambda _, confirmed=confirmed: confirmed(False), _UNUSED))
-        elif self._confirming and engine is not None and engine.own_term_applied:
-            others = self._others()
-            seen = sorted((self._rounds.get(peer, 0) for peer in others), reverse=True)
-            needed = (len(others) + 1) // 2  # with this one, a majority
-            reached = self._round if needed == 0 else seen[needed - 1]
-            for round, confirmed in self._confirming:
-                if round <= reached:
-                    self._results.append((lambda _, confirmed=confirmed: confirmed(True), _UNUSED))
-            self._confirming = [each for each in self._confirming if each[0] > reached]
-
     # --- leadership and members ---------------------------------------------------------------------------------------
-
-    def _others(self) -> list[bytes]:
-        """The voters beside this one."""
-        return [each.replica_id for each in self._table if each.voter and each.replica_id != self.replica_id]
-
-    def _follow_leadership(self, engine: Engine, now_ms: float) -> None:
-        """After a tick."""
-        if not engine.leads:
-            if self._led_term >= 0:
-                self._led_term = -1
-                self._sender.drop_all()
-                self._fail_waiting("another head leads now: the outcome is not known here")
-            return
-        if self._led_term != engine.term:
-            self._led_term = engine.term
-            self._rounds.clear()
-            self._receiver.reset()
-            log.info("head %s leads in term %d", self.endpoint, engine.term)
-        if self._resigning:
-            if not self.resigned and now_ms >= self._hand_over_ms + HAND_OVER_RETRY_MS:
-                self._hand_over_ms = now_ms
-                engine.hand_over()
-        elif engine.own_term_applied and self._log.members_index <= engine.commit_index:
-            caught_up = [
-                member.replica_id
-                for member in self._table
-                if not member.voter and engine.match_index(member.replica_id) >= engine.commit_index
-            ]
-            step = membership.next_step(self._table, caught_up)
-            if step is not None and membership.find(step, self.replica_id) is not None:
-                self._append_table(engine, step)
-            elif step is not None:
-                self._resigning = True  # this head is to be replaced: the next leader does that
 
     def _follow_table(self) -> None:
         """Brings the engine up to the table of members in the log."""
@@ -727,7 +484,7 @@ class RaftReplica:
             return
         self._table = members
         me = membership.find(members, self.replica_id)
-        others = self._others()
+        others = [each.replica_id for each in members if each.voter and each.replica_id != self.replica_id]
         learners = [each.replica_id for each in members if not each.voter and each.replica_id != self.replica_id]
         engine.set_peers(others, learners)
         elections.set_voters(others, me is not None and me.voter)
@@ -741,7 +498,12 @@ class RaftReplica:
                 self, self._log, self.replica_id, self._now_ms, self._rng, election_min_ms=timing.election_min_ms,
                 election_max_ms=timing.election_max_ms, append_ms=timing.append_ms, fallback_ms=timing.fallback_ms,
             )  # fmt: skip
-            self._elections = Elections(self._engine, self._rng, timing.election_min_ms, self._send)
+            self._elections = Elections(self._engine, self._rng, timing.election_min_ms, self.on_send)
+            self._leading = Leading(
+                self.endpoint, self.replica_id, self._engine, self._log, self._desk, self._sender, lambda: self.state,
+                self._follow_table, self.value_bytes_max,
+            )  # fmt: skip
+            self._leading.resigning = self._resigning
         self._follow_table()
 
     def on_peer(self, peer: bytes) -> None:
@@ -758,10 +520,19 @@ class RaftReplica:
             if engine.leader == peer:
                 elections.lost_leader(self._now_ms())
 
+    def queue(self, link: Link, message: m.PeerMessage) -> None:
+        """For the links: sends after the next sync."""
+        self._outbox.append((link, m.encode(message), ""))
+
+    def queue_close(self, link: Link, reason: str) -> None:
+        """For the links: closes after what was queued."""
+        self._outbox.append((link, None, reason))
+
     # --- snapshots ----------------------------------------------------------------------------------------------------
 
     def compact(self) -> None:
         """Replaces the journal by a snapshot of the state. Raises JournalWriteError (the old one goes on)."""
+        self._require_open()
         engine = self._engine
         if engine is not None and engine.last_applied > self._log.snapshot_index:
             snapshot = self.state.snapshot()
@@ -785,90 +556,39 @@ class RaftReplica:
         term = self._log[index - self._log[0][1]][2]
         return index, term, encode_snapshot_body(members, members_index, self.state.snapshot())
 
-    def _send_part(self, peer: bytes, made: Any, offset: int) -> None:
+    def _send_part(self, peer: bytes, made: Made, offset: int) -> None:
         assert self._engine is not None
-        self._send(peer, part_of(made, offset, self._engine.term, self._round))
+        self.on_send(peer, part_of(made, offset, self._engine.term, self.round))
 
-    def _install(self, engine: Engine, data: bytes, part: m.SnapshotPart) -> None:
-        """Goes on from a snapshot that the leader has sent. A bad one is refused, and this head stops as it was."""
+    def _install(self, engine: Engine, data: bytes, part: m.SnapshotPart) -> bool:
+        """Goes on from a snapshot that the leader has sent. False if there is no room for it: it will be sent again.
+
+        Raises JournalVersionError, JournalCorruptError: this head can't follow, and what it has is left as it was.
+        """
         body = decode_snapshot_body(data)
         state = self._restore(body.state)
-        self._log.install(body, data, part.index, part.index_term)
+        try:
+            self._log.install(body, data, part.index, part.index_term)
+        except JournalWriteError as error:
+            log.error("%s; the leader's snapshot can't be kept", error)
+            return False
         self.state = state
+        self._replaced = True
         engine.installed(part.index)
         self._compact_at_bytes = max(self._compact_bytes, 2 * len(data))
-        for callback in tuple(self._reset_callbacks):
-            self._call(lambda _, callback=callback: callback(), None)
+        return True
 
     def _restore(self, data: bytes) -> GcsState:
         where = str(getattr(self._log.journal, "path", "the journal"))
         try:
             return GcsState.restore(data, self._log.journal.cluster_id)
         except SnapshotVersionError as error:
-            raise JournalVersionError(f"journal {where} was written by a newer ftray: {error}") from error
+            raise JournalVersionError(f"journal {where}: its snapshot is of a newer ftray: {error}") from error
         except SnapshotError as error:
             raise JournalCorruptError(where, 0, f"its snapshot: {error}") from error
-
-    # --- answers ------------------------------------------------------------------------------------------------------
-
-    def queue(self, link: Link, message: m.PeerMessage) -> None:
-        """For the links: sends after the next sync."""
-        self._outbox.append((link, m.encode(message), ""))
-
-    def queue_close(self, link: Link, reason: str) -> None:
-        """For the links: closes after what was queued."""
-        self._outbox.append((link, None, reason))
-
-    def _send(self, peer: bytes, message: m.PeerMessage) -> bool:
-        link = self._peers.link_to(peer)
-        if link is None:
-            return False
-        self._outbox.append((link, m.encode(message), ""))
-        return True
-
-    def _answer(self, reply: ReplyCallback, code: Code, message: str) -> None:
-        self._results.append((reply, Result(code, message, self.state.revision)))
-
-    def _fail_waiting(self, message: str) -> None:
-        waiting, self._waiting = self._waiting, {}
-        for _, reply in waiting.values():
-            self._call(reply, Result(Code.NOT_LEADER, message, self.state.revision))
-
-    def _fail_all(self, message: str) -> None:
-        """Answers everybody who waits that this head can't."""
-        self._fail_waiting(message)
-        replies = [reply for _, reply in self._queue] + [reply for _, reply in self._table_requests]
-        confirms = [*self._confirms, *(each for _, each in self._confirming)]
-        self._queue, self._table_requests, self._confirms, self._confirming = [], [], [], []
-        for reply in replies:
-            self._call(reply, Result(Code.NOT_LEADER, message, self.state.revision))
-        for confirmed in confirms:
-            self._call(confirmed, False)
-
-    def _call(self, callback: Callable[[T], object], argument: T) -> None:
-        self._busy = True
-        try:
-            callback(argument)
-        except Exception:
-            log.exception("a callback of the GCS replica failed")
-        finally:
-            self._busy = False
 
     def _require_open(self) -> None:
         if self._journal is None:
             raise ReplicaClosedError(
                 "the GCS replica is closed: its node is stopping, or it has stopped by itself (see the log)"
             )
-
-
-_UNUSED = Result(Code.OK, "", 0)
-
-
-def _register(callbacks: list[T], callback: T) -> Callable[[], None]:
-    callbacks.append(callback)
-
-    def end() -> None:
-        if callback in callbacks:
-            callbacks.remove(callback)
-
-    return end

@@ -24,7 +24,7 @@ RESEND_MS = 1_000.0
 """A part that was not acknowledged for so long is sent again."""
 
 
-class _Made:
+class Made:
     """A snapshot."""
 
     __slots__ = ("crc", "data", "index", "term")
@@ -39,7 +39,7 @@ class _Made:
 class _Sending:
     __slots__ = ("made", "offset", "sent_ms")
 
-    def __init__(self, made: _Made) -> None:
+    def __init__(self, made: Made) -> None:
         self.made = made
         self.offset = 0
         self.sent_ms = 0.0
@@ -49,7 +49,7 @@ class Sender:
     """At the leader: the snapshots under way."""
 
     def __init__(
-        self, make: Callable[[], tuple[int, int, bytes]], send: Callable[[bytes, _Made, int], object]
+        self, make: Callable[[], tuple[int, int, bytes]], send: Callable[[bytes, Made, int], object]
     ) -> None:
         """`make` returns index, term and bytes; `send` sends the part at an offset."""
         self._make = make
@@ -61,7 +61,7 @@ class Sender:
         sending = self._sending.get(peer)
         if sending is None:
             made = next((each.made for each in self._sending.values() if each.made.index >= first_index), None)
-            sending = self._sending[peer] = _Sending(made or _Made(*self._make()))
+            sending = self._sending[peer] = _Sending(made or Made(*self._make()))
         elif now_ms - sending.sent_ms < RESEND_MS:
             return
         self._send_part(peer, sending, now_ms)
@@ -86,7 +86,7 @@ class Sender:
         self._send(peer, sending.made, sending.offset)
 
 
-def part_of(made: _Made, offset: int, term: int, round: int) -> SnapshotPart:
+def part_of(made: Made, offset: int, term: int, round: int) -> SnapshotPart:
     data = made.data[offset : offset + PART_BYTES]
     return SnapshotPart(term, round, made.index, made.term, len(made.data), made.crc, offset, data)
 

@@ -41,10 +41,13 @@ class Node:
         self.data = data
 
 
-def nodes_of(graph: Any) -> Callable[[Key], Node]:
+def mapping_of(graph: Any) -> Mapping[Key, Any]:
+    """A graph as a mapping: since 2025 Dask hands over expressions."""
+    return graph if isinstance(graph, Mapping) else graph.__dask_graph__()
+
+
+def nodes_of(graph: Mapping[Key, Any]) -> Callable[[Key], Node]:
     """Looks a key up in a graph of either kind. The function raises KeyError."""
-    if not isinstance(graph, Mapping):
-        graph = graph.__dask_graph__()
     if convert_legacy_graph is not None:
         converted = convert_legacy_graph(graph)
         return lambda key: _new_node(converted[key])

@@ -29,7 +29,7 @@ from ftray.api.packaging import portable
 from ftray.api.remote_function import RemoteFunction
 from ftray.exceptions import FtrayError, TaskError
 from ftray.util.arrivals import Arrivals
-from ftray.util.dask.graph import Key, Node, flat_keys, nested, nodes_of, order_of, resolved
+from ftray.util.dask.graph import Key, Node, flat_keys, mapping_of, nested, nodes_of, order_of, resolved
 from ftray.util.errors import as_raised
 from ftray.worker.core import get_core
 from ftray.worker.refs import ObjectRef
@@ -64,6 +64,7 @@ def ftray_dask_get(
     if not is_initialized():
         init()
     options = portable(options, get_core())  # a folder is packed once, and not again for each kind of task
+    dsk = mapping_of(dsk)
     graph = nodes_of(dsk)
     wanted = flat_keys(keys)
     with local_callbacks() as callbacks:
