@@ -99,7 +99,7 @@ def _show_pending(answer: dict[str, Any]) -> None:
             rows.add_row(short_object(row["task_id"]), row["owner"], row["name"], str(row["attempt"]), row["waits"])
         console.print(rows)
     else:
-        console.print("nothing is pending")
+        console.print("nothing is pending" + (", as far as the processes answer" if answer["silent"] else ""))
     if answer["total"] > len(answer["rows"]):
         console.print(f"and {answer['total'] - len(answer['rows'])} more (-n shows them)")
     for line in answer["silent"]:

@@ -139,7 +139,7 @@ class ReferenceTable:
         if entry is not None:
             entry.local -= 1
             if not entry.local:
-                self._release(object_id, entry)
+                self.release(object_id, entry)
 
     def add_submitted(self, object_ids: Iterable[bytes]) -> None:
         """A task with these arguments (top-level or nested) was submitted. Raises KeyError for an unknown object."""
@@ -155,7 +155,7 @@ class ReferenceTable:
             if entry is not None:
                 entry.submitted -= 1
                 if not entry.submitted:
-                    self._release(object_id, entry)
+                    self.release(object_id, entry)
 
     def set_contains(self, outer_id: bytes, inner_ids: Sequence[bytes]) -> None:
         """Hold the inner objects for as long as the outer entry lives; replaces what was said of the outer before.
@@ -217,7 +217,7 @@ class ReferenceTable:
                 if not guards:
                     entry.guards = None
             if not is_held(entry):
-                self._release(object_id, entry)
+                self.release(object_id, entry)
             elif entry.registration < REGISTERED:
                 # Also if another running task covers it: the submitter of that one may have the reference from us.
                 if wait is None:
@@ -256,7 +256,7 @@ class ReferenceTable:
             entry = self.entries[object_id]
             entry.handoffs -= 1
             if not entry.handoffs:
-                self._release(object_id, entry)
+                self.release(object_id, entry)
 
     def receive_contained(
         self, outer_id: bytes, inner: Sequence[tuple[bytes, bytes, str]], token: Token | None
@@ -319,7 +319,7 @@ class ReferenceTable:
             settled.append((object_id, entry))
         for object_id, entry in settled:
             self._uncover(entry)
-            self._release(object_id, entry)
+            self.release(object_id, entry)
 
     # The owner's side, and deaths
 
@@ -367,7 +367,7 @@ class ReferenceTable:
                 lost.append((object_id, entry))
         for object_id, entry in lost:
             self._uncover(entry)
-            self._release(object_id, entry)
+            self.release(object_id, entry)
         return [object_id for object_id, entry in lost if is_held(entry) and self.entries.get(object_id) is entry]
 
     # Looking at it
@@ -419,7 +419,7 @@ class ReferenceTable:
             else:
                 outer = self.entries[cover]
                 outer.covering -= 1
-                self._release(cover, outer)
+                self.release(cover, outer)
 
     def _say(self, kind: type[AddBorrower | RemoveBorrower | PinAtOwner], entry: Entry, object_id: bytes) -> None:
         """Queue a message to the owner, within the newest one if that has the same kind and owner."""
@@ -441,7 +441,7 @@ class ReferenceTable:
         borrowers.discard(borrower)
         if not borrowers:
             entry.borrowers = None
-            self._release(object_id, entry)
+            self.release(object_id, entry)
 
     def _replace_contains(self, outer: Entry, inner_ids: Sequence[bytes]) -> None:
         before = outer.contains
@@ -449,7 +449,7 @@ class ReferenceTable:
         if before is not None:
             self._release_contained(before)
 
-    def _release(self, object_id: bytes, entry: Entry) -> None:
+    def release(self, object_id: bytes, entry: Entry) -> None:
         """A hold went: if it was the last one, let the object go, and what it contains."""
         if self._let_go(object_id, entry) and entry.contains is not None:
             self._release_contained(entry.contains)

@@ -30,7 +30,6 @@ PREFIX = "measured: "
 
 def run(system_name: str, name: str, count: int, budget_s: float) -> None:
     """Measures, and prints."""
-    sampling.start_if_asked()
     from ftray.perf.pools import PEERS
 
     deadline = time.monotonic() + budget_s
@@ -43,6 +42,7 @@ def run(system_name: str, name: str, count: int, budget_s: float) -> None:
     session = benchmark.session if benchmark is not None else growth.session if growth is not None else None
     if session is not None:
         system.init(**init_arguments(system_name, session))
+    sampling.start_if_asked()  # anew: what importing `remote` has started did not survive the fork
     started = time.monotonic()
     before = _used()
     try:

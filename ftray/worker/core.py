@@ -167,13 +167,17 @@ class Core:
         """Takes in what finalisers have queued, under the lock."""
         released = self.released
         if released:
-            remove_local = self.table.remove_local
+            entries, release = self.entries, self.table.release
             while released:
                 try:
                     object_id = released.popleft()
                 except IndexError:
                     break
-                remove_local(object_id)
+                entry = entries.get(object_id)
+                if entry is not None:
+                    entry.local -= 1
+                    if not entry.local:
+                        release(object_id, entry)
         if self.unviewed:
             self.objects.drop_views()
         if self.table.effects:

@@ -393,15 +393,18 @@ class Executor:
             args, kwargs = deserialize_args(payload[:offset])
         stored: list[tuple[int | str, bytes]] = []
         for dep in message.deps:
-            value: Any = None
-            if dep.value.kind == INLINE:
-                data = payload[offset : offset + dep.value.size]
-                offset += dep.value.size
-                with core.lock:
-                    core.table.note_task_ref(token, dep.object_id, dep.owner, dep.endpoint)
-                value = core.objects.load(dep.object_id, data)
-            elif dep.value.kind == ERROR:
-                raise load_task_error(payload[offset : offset + dep.value.size])
+            value: Any = dep.value
+            if value.kind == INLINE:
+                data = payload[offset : offset + value.size]
+                offset += value.size
+                if b"ftray" in data:  # references may be inside, which this one covers
+                    with core.lock:
+                        core.table.note_task_ref(token, dep.object_id, dep.owner, dep.endpoint)
+                    value = core.objects.load(dep.object_id, data)
+                else:
+                    value = deserialize(data)
+            elif value.kind == ERROR:
+                raise load_task_error(payload[offset : offset + value.size])
             else:
                 with core.lock:
                     core.table.note_task_ref(token, dep.object_id, dep.owner, dep.endpoint)

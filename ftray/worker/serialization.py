@@ -53,7 +53,7 @@ from ftray.worker.values import explain, text_of
 PACKED = 0x01
 PLAIN = 0x80
 ALIGNMENT_BYTES = 64
-LARGE_BYTES = 1 << 20
+HUGE_BYTES = 1 << 20
 """A piece of this size is worth a way of writing of its own."""
 LARGE_BYTES = 64 * 1024
 """From here on top-level bytes are written straight to their place, not into the pickle first."""
@@ -84,16 +84,16 @@ class Serialized(msgspec.Struct, eq=False, gc=False):
     """Bytes when packed."""
 
     def write_into(
-        self, target: memoryview, write_large: Callable[[int, bytes | memoryview], None] | None = None
+        self, target: memoryview, write_huge: Callable[[int, bytes | memoryview], None] | None = None
     ) -> None:
         """Write the packed form into the first `size` bytes of a writable memoryview of bytes.
 
-        `write_large(position, data)` is called instead for pieces of at least `LARGE_BYTES`, if it is given.
+        `write_huge(position, data)` is called instead for pieces of at least `HUGE_BYTES`, if it is given.
         """
         inband = self.inband
         if not self.buffers:
-            if write_large is not None and self.size >= LARGE_BYTES:
-                write_large(0, inband)
+            if write_huge is not None and self.size >= HUGE_BYTES:
+                write_huge(0, inband)
             else:
                 target[: self.size] = inband
             return
@@ -107,8 +107,8 @@ class Serialized(msgspec.Struct, eq=False, gc=False):
             gap = -position % ALIGNMENT_BYTES
             target[position : position + gap] = bytes(gap)
             position += gap
-            if write_large is not None and length >= LARGE_BYTES:
-                write_large(position, buffer)
+            if write_huge is not None and length >= HUGE_BYTES:
+                write_huge(position, buffer)
             else:
                 target[position : position + length] = buffer
             position += length

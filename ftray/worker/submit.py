@@ -26,6 +26,7 @@ from ftray.wire.frames import PREFIX
 from ftray.wire.handshake import ROLE_TASK
 from ftray.wire.messages import (
     IN_STORE,
+    INLINE,
     AskDeathCause,
     Dependency,
     KillWorker,
@@ -223,11 +224,12 @@ class Submitter:
         for position, object_id in task.deps:
             entry = core.entries[object_id]
             value, data = value_of(entry)
-            deps.append(
-                Dependency(
-                    position, object_id, entry.owner or core.worker_id, entry.owner_endpoint or core.endpoint, value
-                )
-            )
+            if value.kind == INLINE and b"ftray" not in data:
+                # Nothing inside that somebody would have to be asked about: the worker need not know whose it is.
+                deps.append(Dependency(position, object_id, b"", "", value))
+            else:
+                owner, endpoint = entry.owner or core.worker_id, entry.owner_endpoint or core.endpoint
+                deps.append(Dependency(position, object_id, owner, endpoint, value))
             if data:
                 parts.append(data)
         payload = b"".join(parts)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import os
+import select
 import signal
 import threading
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from integration.cancelling import GET_S, check_cancelled
+from integration.cancelling import GET_S, begun, check_cancelled, hold, holding
 from integration.harness import check_drained, wait_for_file, wait_for_none, wait_until, worker_entries
 
 import ftray
@@ -22,6 +23,7 @@ from ftray import exceptions
 from ftray.api.actor import _actor_records
 from ftray.api.context import ask_raylet
 from ftray.gcs.state.tables import ActorState
+from ftray.wire.messages import RecallTasks
 from ftray.worker.core import get_core
 
 MB = 1 << 20
@@ -230,3 +232,63 @@ def test_a_cancellation_that_overtakes_its_call(options: dict[str, Any]) -> None
         calls.link.flush()
     check_cancelled(ref, "Async.begin")
     assert ftray.get(actor.looked.remote(), timeout=GET_S) == (0, False)
+
+
+def kill_unseen(lease: Any) -> None:
+    """Kills a worker such that its owner, who holds its lock, learns of it when it writes the next time."""
+    os.kill(lease.pid, signal.SIGKILL)
+    hung_up = select.poll()
+    hung_up.register(lease.link.fd, 0)
+    wait_until(lambda: hung_up.poll(0), what="the socket's other end is closed")
+    lease.link.send(RecallTasks(()))
+
+
+def test_a_forced_cancellation_that_finds_the_worker_dead(tmp_path: Path) -> None:
+    ref = holding.remote(str(tmp_path))
+    begun(tmp_path)
+    core = get_core()
+    with core.lock:
+        lease, _ = core.submitter.dispatcher.find_pushed(ref.binary()[:16]) or pytest.fail("it was pushed")
+        kill_unseen(lease)
+        core.canceller.cancel_object(ref.binary(), True, True)
+        assert not core.canceller.forced
+        core.settle()
+    check_cancelled(ref, "holding")
+
+
+def test_cancelling_the_children_of_a_task_finds_their_worker_dead(tmp_path: Path) -> None:
+    """The first one that is cancelled shows it, and the others are on their way back into the queue."""
+
+    @ftray.remote(resources={"slot": 1})
+    def child(directory: str, number: int) -> int:
+        if number:
+            Path(directory, f"begun-{number}").touch()
+            if number == 1:
+                hold()
+        return number
+
+    @ftray.remote(num_cpus=0)
+    def parent(directory: str) -> list[int]:
+        core = get_core()
+        dispatcher = core.submitter.dispatcher
+        ftray.get(child.remote(directory, 0))
+        dispatcher.tick = lambda linger_ticks: True  # type: ignore[method-assign]  # nothing is recalled
+        child._info.mean_us = 1.0
+        refs = [child.remote(directory, number) for number in range(1, 5)]
+        wait_for_file(Path(directory, "begun-1"))
+        with core.lock:
+            (lease,) = dispatcher.leases.values()
+            assert len(lease.inflight) == 4
+            kill_unseen(lease)
+            core.canceller.cancel_children(core.context().task_id, False)
+            core.settle()
+        ended = []
+        for ref in refs:
+            try:
+                ended.append(ftray.get(ref, timeout=GET_S))
+            except exceptions.TaskCancelledError:
+                ended.append(0)
+        return ended
+
+    assert ftray.get(parent.remote(str(tmp_path)), timeout=60) == [0] * 4
+    assert os.listdir(tmp_path) == ["begun-1"]

@@ -13,7 +13,8 @@ from integration.harness import wait_until
 import ftray
 from ftray.api.context import ask_raylet
 from ftray.exceptions import GetTimeoutError, OwnerDiedError
-from ftray.worker import raylet_client, waiting
+from ftray.worker import introspection, raylet_client, waiting
+from ftray.worker.core import get_core
 
 SESSION = {"num_cpus": 2, "object_store_memory": 32 << 20}
 
@@ -77,10 +78,14 @@ def test_a_large_object_whose_owner_died_says_so(session: Any) -> None:
 
 
 def test_what_is_granted_in_the_last_moment_is_given_back(session: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The answer arrives just when the time is up: nobody will look, so the pin goes."""
+    """The answer arrives just when the time is up: nobody looks, so the pin goes. Until then it is accounted for."""
+    core = get_core()
+    accounted: list[str] = []
 
     def too_late(reactor: Any, waiter: Any, timeout_s: float | None) -> bool:
         waiting.block(reactor, waiter, None)
+        with core.lock:
+            accounted.extend(introspection.answer(core, "references", {})["pinned"])
         return False
 
     ref = make.remote(300_000)
@@ -89,4 +94,5 @@ def test_what_is_granted_in_the_last_moment_is_given_back(session: Any, monkeypa
     with pytest.raises(GetTimeoutError, match="are ready, but could not be read"):
         ftray.get(ref, timeout=0)
     monkeypatch.undo()
+    assert accounted == [ref.hex()]
     wait_until(lambda: [row["pins"] for row in ask_raylet("memory")["objects"]] == [{}], what="the pin is gone")

@@ -27,6 +27,8 @@ LOSS_DELAY_MS = 8.0
 """The longest delay after a link to the leader has closed."""
 LOSS_RETRIES = 6
 LOSS_RETRY_MS = (4.0, 20.0)
+ELECTION_MS = (15.0, 50.0)
+"""How long an election after such a loss may take before the next attempt; also how long one who has promised waits."""
 NEVER_MS = float("inf")
 
 
@@ -79,6 +81,7 @@ class Elections:
         self._promises = None
         self._granted = False
         self._lost_at_ms = NEVER_MS
+        self._retries = 0
 
     def lost_leader(self, now_ms: float) -> None:
         """The link to the leader has closed."""
@@ -109,6 +112,7 @@ class Elections:
             return
         if self._granted:
             self._granted = False
+            self._again(now_ms, ELECTION_MS)
             return
         if engine.handing_over or not (engine.election_due() or now_ms >= self._lost_at_ms):
             return
@@ -128,6 +132,9 @@ class Elections:
         )
         complete = (request.last_term, request.last_index) >= (engine.last_term, engine.last_index)
         granted = request.term >= engine.term and complete and not hears_leader
+        if granted and self._lost_at_ms < NEVER_MS:
+            # Two who campaign at once may both fail.
+            self._lost_at_ms = max(self._lost_at_ms, now_ms + self._rng.uniform(*ELECTION_MS))
         self._send(peer, PreVote(engine.term, request.attempt, granted))
 
     def on_answer(self, peer: bytes, answer: PreVote, now_ms: float) -> None:
@@ -144,9 +151,14 @@ class Elections:
             if peer in self._voters:
                 self._promises.add(peer)
                 self._count()
-        elif self._retries > 0 and self._lost_at_ms == NEVER_MS and self._heard_ms == -NEVER_MS:
+        else:
+            self._again(now_ms, LOSS_RETRY_MS)
+
+    def _again(self, now_ms: float, delay_ms: tuple[float, float]) -> None:
+        """After the loss of a leader: asks again before the election timeout, a few times."""
+        if self._retries > 0 and self._lost_at_ms == NEVER_MS:
             self._retries -= 1
-            self._lost_at_ms = now_ms + self._rng.uniform(*LOSS_RETRY_MS)
+            self._lost_at_ms = now_ms + self._rng.uniform(*delay_ms)
 
     def _count(self) -> None:
         if self._promises is not None and len(self._promises) + 1 > (len(self._voters) + 1) / 2:
