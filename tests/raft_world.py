@@ -509,11 +509,13 @@ class World:
 
     def write(self, key: bytes) -> Host:
         """Writes through the leader, until it is acknowledged."""
-        host = self.leader()
-        results = self.put(host, key)
-        self.run_until(lambda: bool(results))
-        assert results[0].ok, results
-        return host
+        while True:
+            host = self.leader()
+            results = self.put(host, key)
+            self.run_until(lambda: bool(results))
+            if results[0].code is not Code.NOT_LEADER:
+                assert results[0].ok, results
+                return host
 
     def has(self, host: Host, key: bytes) -> bool:
         return host.replica is not None and host.replica.state.kv_get("n", key) is not None

@@ -8,7 +8,6 @@ Rejected: a reader that hands out references before their items are there (nobod
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
@@ -22,6 +21,8 @@ from ftray.worker.streams import DynamicObjectRefGenerator as DynamicObjectRefGe
 from ftray.worker.waiting import Waiter
 
 if TYPE_CHECKING:
+    import asyncio
+
     from ftray.worker.streams import StreamRecord
 
 log = logging.getLogger("ftray.worker")
@@ -168,6 +169,8 @@ class AsyncWaiter:
     def __init__(self) -> None:
         self.ready: Callable[[bytes, Any], None]
         self.wait: Callable[[], Awaitable[None]]
+        import asyncio  # not before: it is a good part of what `import ftray` would take
+
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:

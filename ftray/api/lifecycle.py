@@ -137,6 +137,7 @@ def init(
             )
     try:
         # While the node starts: what the rest needs takes about as long to import.
+        import ftray.wire.loop  # noqa: F401
         from ftray.api.joining import join
 
         info = node.ready() if node is not None else _find(str(address))

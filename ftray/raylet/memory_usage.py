@@ -16,6 +16,9 @@ from ftray.scheduling.memory import Usage
 
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 CGROUP_ROOT = "/sys/fs/cgroup"
+LIMIT_FILES = ("memory.max", "memory.limit_in_bytes")
+USED_FILES = ("memory.current", "memory.usage_in_bytes")
+"""Of version 2, and of version 1."""
 NO_LIMIT_BYTES = 1 << 60
 """Control groups without a limit say "max", or a number of this size."""
 
@@ -44,37 +47,46 @@ def machine_usage() -> Usage:
 
 
 def cgroup_directory() -> str | None:
-    """The memory control group of this process (version 2), if it has a limit; looked up once."""
+    """The memory control group of this process, of either version, if it has a limit; looked up once."""
     try:
         with open("/proc/self/cgroup") as file:
-            path = next((line[3:].strip() for line in file if line.startswith("0::")), None)
+            found = [line.rstrip("\n").split(":", 2) for line in file]
     except OSError:
         return None
-    if path is None:
-        return None
-    # Inside a container the path is often that of the host, and the limit is at the mounted root.
-    for directory in (CGROUP_ROOT + path.rstrip("/"), CGROUP_ROOT):
-        limit = _number(f"{directory}/memory.max")
-        if limit is not None and limit < NO_LIMIT_BYTES:
-            return directory
+    for _, controllers, path in found:
+        if controllers == "":
+            root = CGROUP_ROOT
+        elif "memory" in controllers.split(","):
+            root = f"{CGROUP_ROOT}/memory"
+        else:
+            continue
+        # Inside a container the path is often that of the host, and the limit is at the mounted root.
+        for directory in (root + path.rstrip("/"), root):
+            limit = _first_number(directory, LIMIT_FILES)
+            if limit is not None and limit < NO_LIMIT_BYTES:
+                return directory
     return None
 
 
 def cgroup_usage(directory: str) -> Usage | None:
     """Use and limit of a control group; file pages that can be dropped do not count."""
-    used, limit = _number(f"{directory}/memory.current"), _number(f"{directory}/memory.max")
+    used, limit = _first_number(directory, USED_FILES), _first_number(directory, LIMIT_FILES)
     if used is None or limit is None:
         return None
     droppable = 0
     try:
         with open(f"{directory}/memory.stat", "rb") as file:
             for line in file:
-                if line.startswith(b"inactive_file "):
+                # Version 1 has both, first without the groups below and then with them.
+                if line.startswith((b"inactive_file ", b"total_inactive_file ")):
                     droppable = int(line.split()[1])
-                    break
     except OSError:
         pass
     return Usage(max(0, used - droppable), limit, "this node's control group")
+
+
+def _first_number(directory: str, names: tuple[str, ...]) -> int | None:
+    return next((number for name in names if (number := _number(f"{directory}/{name}")) is not None), None)
 
 
 def _number(path: str) -> int | None:

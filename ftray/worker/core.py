@@ -27,8 +27,6 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import trio
-
 from ftray.config import Config
 from ftray.exceptions import LocalRayletDiedError, NotInitializedError, ReentrantCallError
 from ftray.ids import children_prefix
@@ -44,10 +42,11 @@ from ftray.ownership.references import (
     RemoveBorrower,
     TaskMayReply,
 )
-from ftray.wire.loop import drive
 from ftray.wire.reactor import Reactor
 
 if TYPE_CHECKING:
+    import trio
+
     from ftray.worker.actors import ActorClient
     from ftray.worker.cancelling import Canceller
     from ftray.worker.execution import Executor
@@ -238,6 +237,11 @@ class Core:
 
     def start_loop(self) -> None:
         """Starts the thread whose trio loop drives the reactor when no user thread does."""
+        # Not before: trio is half of what `import ftray` would take; a driver has time for it while its node starts.
+        import trio
+
+        from ftray.wire.loop import drive
+
         started = threading.Event()
 
         async def main() -> None:
@@ -253,6 +257,8 @@ class Core:
 
     def stop_loop(self) -> None:
         """Ends that thread and closes all links."""
+        import trio
+
         thread, token, scope = self._thread, self._trio_token, self._stop_scope
         if thread is not None and token is not None and scope is not None:
             try:

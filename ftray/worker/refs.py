@@ -10,8 +10,8 @@ anyway).
 
 from __future__ import annotations
 
-import asyncio
 import concurrent.futures
+import sys
 from collections.abc import Generator
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -21,6 +21,8 @@ from ftray.worker.core import core_or_none
 from ftray.worker.serialization import load_ref, note_ref
 
 if TYPE_CHECKING:
+    import asyncio
+
     from ftray.worker.core import Core
 
 R = TypeVar("R")
@@ -115,8 +117,10 @@ class ObjectRef(Generic[R]):
     async def _wait(self) -> R:
         core = self._core
         check_current(self)
+        # Who waits in asyncio has imported it; `import ftray` does not.
+        asyncio = sys.modules.get("asyncio")
         try:
-            loop = asyncio.get_running_loop()
+            loop = asyncio.get_running_loop() if asyncio is not None else None
         except RuntimeError:
             loop = None
         if loop is not None:

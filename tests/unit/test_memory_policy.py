@@ -69,6 +69,13 @@ def test_readings_of_this_machine_are_sensible(tmp_path: Any) -> None:
     assert cgroup_usage(str(tmp_path)) is None
 
 
+def test_control_groups_of_version_1_are_read_too(tmp_path: Any) -> None:
+    (tmp_path / "memory.usage_in_bytes").write_text("1000\n")
+    (tmp_path / "memory.limit_in_bytes").write_text("4000\n")
+    (tmp_path / "memory.stat").write_text("inactive_file 1\ntotal_cache 9\ntotal_inactive_file 300\ntotal_rss 2\n")
+    assert cgroup_usage(str(tmp_path)) == Usage(700, 4000, "this node's control group")
+
+
 def test_the_limit_with_the_least_room_counts() -> None:
     import os
 

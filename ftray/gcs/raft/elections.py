@@ -25,9 +25,9 @@ from ftray.gcs.raft.messages import PreVote, PreVoteRequest
 
 LOSS_DELAY_MS = 8.0
 """The longest delay after a link to the leader has closed."""
-LOSS_RETRIES = 6
+LOSS_RETRIES = 8
 LOSS_RETRY_MS = (4.0, 20.0)
-ELECTION_MS = (15.0, 50.0)
+ELECTION_MS = (8.0, 25.0)
 """How long an election after such a loss may take before the next attempt; also how long one who has promised waits."""
 NEVER_MS = float("inf")
 
@@ -48,6 +48,8 @@ class Elections:
         self._send = send
         self._heard_ms = -NEVER_MS
         self._attempt = 0
+        self._asked_term = 0
+        """The term in which this attempt was begun; in a later one its promises are void."""
         self._promises: set[bytes] | None = None
         """Who has promised in this attempt; None while none is under way."""
         self._granted = False
@@ -119,6 +121,7 @@ class Elections:
         self._lost_at_ms = NEVER_MS
         engine.postpone()
         self._attempt += 1
+        self._asked_term = engine.term
         self._promises = set()
         request = PreVoteRequest(engine.term, engine.last_index, engine.last_term, self._attempt)
         for peer in sorted(self._voters):
@@ -145,7 +148,7 @@ class Elections:
                 engine.observe(answer.term)
                 self._promises = None
             return
-        if self._promises is None or answer.attempt != self._attempt or engine.leads:
+        if self._promises is None or answer.attempt != self._attempt or self._asked_term != engine.term:
             return
         if answer.granted:
             if peer in self._voters:
