@@ -528,6 +528,8 @@ class World:
             host.disk.full = False
             host.disk.crash_in_sync = None
             host.thaw()
+            if host.replica is not None and host.replica._resigning:
+                host.crash()
             if host.replica is None:
                 host.start()
 

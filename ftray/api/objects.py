@@ -121,6 +121,8 @@ def check_refs(refs: Any, call: str, generators: list[Any] | None = None) -> lis
         raise TypeError(f"ftray.{call} takes an ObjectRef or a list of them, not {type(refs).__name__}")
     core = get_core()
     for index, ref in enumerate(refs):
+        if type(ref) is ObjectRef and ref._core is core:
+            continue
         if not isinstance(ref, ObjectRef):
             if isinstance(ref, ObjectRefGenerator):
                 if generators is None:

@@ -8,7 +8,7 @@ Rules:
 - Symbolic links are followed, as far as they do not lead in circles; sockets, pipes and devices are left out, with a
   warning. What can't be read is an error that names it. What vanishes meanwhile is not there: programs that are running
   write and delete.
-- Left out are `LEFT_OUT`, what `.gitignore` files say, and `excludes`, which has the last word.
+- Left out are `LEFT_OUT`, what `.gitignore` files and `IGNORE_FILES` say, and `excludes`, which has the last word.
 - The environment may be used when this returns: the control service has acknowledged its packages.
 
 Rejected: times in the zip file (the same folder checked out twice would be two packages); packing in the background (a
@@ -46,6 +46,8 @@ from ftray.worker.waiting import block
 log = logging.getLogger("ftray")
 
 LEFT_OUT = (".git/", ".venv/", "venv/", "__pycache__/")
+IGNORE_FILES = (".ftrayignore", ".rayignore")
+"""Files with patterns for packages alone, looked at after `.gitignore`; projects that come from Ray have the second."""
 NO_GITIGNORE = "FTRAY_RUNTIME_ENV_IGNORE_GITIGNORE"
 """Set to 1 in the environment of who packs: `.gitignore` files are not looked at."""
 _NAMED_MAX = 10
@@ -214,14 +216,17 @@ class _Walk:
             if not inner or not isinstance(error, FileNotFoundError):
                 self.unreadable.append(f"{inner or '.'} ({error.strerror})")
             return
-        if self.gitignore and any(entry.name == ".gitignore" and entry.is_file() for entry in entries):
+        names = {entry.name for entry in entries if entry.name.startswith(".") and entry.is_file()}
+        for name in (".gitignore", *IGNORE_FILES) if self.gitignore else IGNORE_FILES:
+            if name not in names:
+                continue
             try:
-                with open(os.path.join(path, ".gitignore"), encoding="utf-8", errors="surrogateescape") as file:
+                with open(os.path.join(path, name), encoding="utf-8", errors="surrogateescape") as file:
                     rules = [*rules, Rules(inner, file.read(1 << 20).splitlines())]
             except FileNotFoundError:
                 pass
             except OSError as error:
-                self.unreadable.append(f"{inner}.gitignore ({error.strerror})")
+                self.unreadable.append(f"{inner}{name} ({error.strerror})")
         before = len(self._ahead)
         for entry in entries:
             self._entry(entry, inner + entry.name, rules, above)

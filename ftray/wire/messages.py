@@ -541,7 +541,6 @@ class StartActor(Message, tag=70):
     resources: dict[str, float]
     class_name: str
     owner: bytes = b""
-    environment: str = ""
     restartable: bool = False
 
 

@@ -32,7 +32,7 @@ from ftray.wire.reactor import Link
 from ftray.worker.failures import task_error_payload
 from ftray.worker.generators import Generators
 from ftray.worker.inheritance import end_child
-from ftray.worker.serialization import serialize
+from ftray.worker.serialization import Serialized, serialize
 from ftray.worker.task_events import bare
 from ftray.worker.waiting import Waiter, block
 
@@ -41,6 +41,18 @@ MAX_CALLS = "its function has run max_calls times"
 
 if TYPE_CHECKING:
     from ftray.worker.execution import Executor
+
+
+def _serialize_all(results: list[Any]) -> list[Serialized]:
+    """Raises SerializationError that says which one it is, if there are several."""
+    try:
+        return [serialize(item, "return value") for item in results]
+    except SerializationError:
+        if len(results) == 1:
+            raise
+        for index, item in enumerate(results):
+            serialize(item, f"return value {index}")
+        raise
 
 
 class Replies:
@@ -103,10 +115,7 @@ class Replies:
         limit = core.config.inline_bytes_max
         # All are serialised before any is written, and all written before any is handed off: one that cannot be, or an
         # interrupt while the store makes room, must not leave holds of others that nobody would let go of.
-        packed = [
-            serialize(item, "return value" if count == 1 else f"return value {index}")
-            for index, item in enumerate(results)
-        ]
+        packed = _serialize_all(results)
         for index, serialized in enumerate(packed):
             refs: tuple[Ref, ...] = ()
             if serialized.refs:

@@ -441,10 +441,19 @@ class Submitter:
             core.canceller.discard(task, message, worker_id, endpoint)
             return
         offset = 0
+        entries, resolve, task_id = core.entries, core.objects.resolve, task.task_id
+        payload = bytes(payload)
         for index, value in enumerate(message.returns):
-            object_id = return_id(task.task_id, index)
+            object_id = return_id(task_id, index)
+            if value.kind == INLINE and not value.refs:
+                end = offset + value.size
+                entry = entries.get(object_id)
+                if entry is not None and entry.state == waiting.PENDING:
+                    resolve(object_id, entry, waiting.INLINE, payload[offset:end])
+                offset = end
+                continue
             if value.refs:
-                token = (worker_id, endpoint, task.task_id, task.attempt, index)
+                token = (worker_id, endpoint, task_id, task.attempt, index)
                 inner = [(ref.object_id, ref.owner, ref.endpoint) for ref in value.refs]
                 core.table.receive_contained(object_id, inner, token)
             if value.kind == IN_STORE:

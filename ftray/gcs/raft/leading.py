@@ -69,8 +69,10 @@ class Leading:
         follow_table: Callable[[], None],
         value_bytes_max: int,
     ) -> None:
-        self.resigning = False
-        """Takes no commands, and hands over."""
+        self.stopping = False
+        """The replica is about to stop."""
+        self._handing_over = False
+        """Another one is to lead, because this one is to be removed."""
         self._endpoint = endpoint
         self._me = me
         self._engine = engine
@@ -84,6 +86,11 @@ class Leading:
         """The latest round that each peer has answered in this term."""
         self._led_term = -1
         self._hand_over_ms = -NEVER_MS
+
+    @property
+    def resigning(self) -> bool:
+        """Takes no commands, and hands over."""
+        return self.stopping or self._handing_over
 
     @property
     def ready(self) -> bool:
@@ -126,7 +133,7 @@ class Leading:
             if isinstance(changed, str):
                 desk.answer(reply, Code.INVALID, changed)
             elif membership.find(changed, self._me) is None:
-                self.resigning = True
+                self._handing_over = True
                 desk.answer(reply, Code.NOT_LEADER, "this head hands over first, and the next leader removes it")
             else:
                 desk.wait(*self._append_table(changed), reply)
@@ -173,6 +180,7 @@ class Leading:
         if not engine.leads:
             if self._led_term >= 0:
                 self._led_term = -1
+                self._handing_over = False
                 self._rounds.clear()
                 self._sender.drop_all()
                 self._desk.fail_waiting(UNKNOWN)
@@ -208,4 +216,4 @@ class Leading:
         if step is not None and membership.find(step, self._me) is not None:
             self._append_table(step)
         elif step is not None:
-            self.resigning = True
+            self._handing_over = True

@@ -219,7 +219,7 @@ class RaftReplica:
         """Begins a clean stop: takes no more commands, and hands over. Close when `resigned`, or after a while."""
         self._resigning = True
         if self._leading is not None:
-            self._leading.resigning = True
+            self._leading.stopping = True
 
     @property
     def resigned(self) -> bool:
@@ -503,7 +503,7 @@ class RaftReplica:
                 self.endpoint, self.replica_id, self._engine, self._log, self._desk, self._sender, lambda: self.state,
                 self._follow_table, self.value_bytes_max,
             )  # fmt: skip
-            self._leading.resigning = self._resigning
+            self._leading.stopping = self._resigning
         self._follow_table()
 
     def on_peer(self, peer: bytes) -> None:
