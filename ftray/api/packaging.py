@@ -216,12 +216,13 @@ class _Walk:
             if not inner or not isinstance(error, FileNotFoundError):
                 self.unreadable.append(f"{inner or '.'} ({error.strerror})")
             return
-        names = {entry.name for entry in entries if entry.name.startswith(".") and entry.is_file()}
+        names = {entry.name for entry in entries}
         for name in (".gitignore", *IGNORE_FILES) if self.gitignore else IGNORE_FILES:
-            if name not in names:
+            full = os.path.join(path, name)
+            if name not in names or not os.path.isfile(full):
                 continue
             try:
-                with open(os.path.join(path, name), encoding="utf-8", errors="surrogateescape") as file:
+                with open(full, encoding="utf-8", errors="surrogateescape") as file:
                     rules = [*rules, Rules(inner, file.read(1 << 20).splitlines())]
             except FileNotFoundError:
                 pass

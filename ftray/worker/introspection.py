@@ -25,6 +25,7 @@ from ftray.ids import return_id, short_object
 from ftray.ownership.reference_audit import reasons
 from ftray.ownership.tasks import TaskRecord
 from ftray.worker import waiting
+from ftray.worker.explaining import describe
 
 if TYPE_CHECKING:
     from ftray.worker.core import Core
@@ -174,7 +175,7 @@ def _pending(core: Core, limit: int) -> dict[str, Any]:
             {
                 "call": waits,
                 "objects": len(missing),
-                "waits": [f"{short_object(x)}: {core.submitter.describe(x)}" for x in missing[:5]],
+                "waits": [f"{short_object(x)}: {describe(core, x)}" for x in missing[:5]],
             }
         )
     return {"rows": rows, "total": max(total, len(rows)), "blocked": blocked}

@@ -33,6 +33,7 @@ from ftray.wire.messages import (
 )
 from ftray.worker import waiting
 from ftray.worker.call_sites import note_site
+from ftray.worker.explaining import describe
 from ftray.worker.failures import load_task_error
 from ftray.worker.serialization import Serialized, deserialize, loading_refs
 from ftray.worker.store_client import StoreClient
@@ -269,7 +270,7 @@ class ObjectPlane(StoreClient):
         core = self.core
         with core.lock:
             left = [x for x in object_ids if (e := core.entries.get(x)) is not None and e.state == PENDING]
-            lines = [f"  {short_object(x)}: {core.submitter.describe(x)}" for x in left[:5]]
+            lines = [f"  {short_object(x)}: {describe(core, x)}" for x in left[:5]]
         more = f"\n  and {len(left) - 5} more" if len(left) > 5 else ""
         head = f"{len(left)} of the objects were not ready within {timeout_s} s; waiting for:\n"
         return head + "\n".join(lines) + more

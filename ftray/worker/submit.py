@@ -570,33 +570,3 @@ class Submitter:
             self.core.settle()
 
         self.core.raylet.request(lambda request: AskDeathCause(request, worker_id), known)
-
-    # --- explaining --------------------------------------------------------------------------------------------------
-
-    def describe(self, object_id: bytes) -> str:
-        """What a pending object waits for, in words."""
-        task_id = object_id[:16]
-        task = self.unfinished.get(task_id)
-        if task is not None:
-            return f"{task.function.name}, which waits for {task.deps_left} arguments"
-        for lease in self.dispatcher.leases.values():
-            task = lease.inflight.get(task_id)
-            if task is not None:
-                first = next(iter(lease.inflight)) == task_id
-                return f"{task.function.name}, {'running on' if first else 'queued at'} worker pid {lease.pid}"
-        for cls in self.dispatcher.by_id.values():
-            for task in cls.queue:
-                if task.task_id == task_id:
-                    why = self.infeasible_classes.get(cls.class_id)
-                    needs = ", ".join(f"{v:g} {k}" for k, v in cls.resources.items()) or "nothing"
-                    return f"{task.function.name}, queued for a lease of {needs}" + (f" ({why})" if why else "")
-        task = self.oom.resting.get(task_id)
-        if task is not None:
-            return f"{task.function.name}, which rests after its worker was ended for want of memory"
-        told = self.core.actors.describe(task_id)
-        if told:
-            return told
-        entry = self.core.entries.get(object_id)
-        if entry is not None and entry.owner is not None:
-            return f"an object of process {entry.owner.hex()[:12]}"
-        return "unknown"

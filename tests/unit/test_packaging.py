@@ -190,6 +190,15 @@ def test_patterns_leave_out(tmp_path: Path) -> None:
     assert "build/x" in names(pack(folder, gitignore=False))
 
 
+def test_ignore_files_of_our_own_and_of_ray(tmp_path: Path) -> None:
+    folder = put(tmp_path, "a.py", "b.log", "c.bin", "sub/d.bin", "sub/e.tmp")
+    (folder / ".gitignore").write_text("*.log\n")
+    (folder / ".rayignore").write_text("*.bin\n!b.log\n")
+    (folder / "sub/.ftrayignore").write_text("e.tmp\n!d.bin\n")
+    found = [".gitignore", ".rayignore", "a.py", "b.log", "sub/.ftrayignore", "sub/d.bin"]
+    assert names(pack(folder)) == names(pack(folder, gitignore=False)) == found
+
+
 @pytest.mark.skipif(shutil.which("git") is None, reason="git is the judge")
 def test_patterns_mean_what_they_mean_to_git(tmp_path: Path) -> None:
     draw = Random(20)
