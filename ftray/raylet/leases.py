@@ -103,6 +103,8 @@ class Leases:
             return
         if not message.want:
             self.infeasible.pop((client.worker_id, class_id), None)
+            if client.environments:
+                self.raylet.setups.nobody_waits(client, class_id)
         self.settle_soon()
 
     def returned(self, client: Client, lease_ids: tuple[int, ...]) -> None:
@@ -208,7 +210,8 @@ class Leases:
     def kill_idle_of(self, job_id: bytes) -> None:
         """The job is over: its idle workers end. Busy ones end with the owners of what they run."""
         for worker in list(self.pool.workers.values()):
-            if worker.job_id == job_id and worker.state in (State.IDLE, State.LEAVING):
+            idle = worker.state in (State.IDLE, State.LEAVING) or self.raylet.setups.is_for_nobody(worker)
+            if worker.job_id == job_id and idle:
                 self.pool.retire(worker.worker_id)
                 self.raylet.processes.kill(worker.worker_id, "its job is over")
         self.settle_soon()
@@ -305,6 +308,18 @@ class Leases:
                 owner.link.send(LeaseEnvironmentFailed(lease.class_id, error))
         elif owner is not None and self.given.get(lease.lease_id) is lease:
             self._grant(lease, client, owner)
+
+    def let_go(self, lease: GivenLease, client: Client) -> None:
+        """What this lease holds is free, while its worker goes on with its environment, for `set_up_for_nobody`."""
+        del self.given[lease.lease_id]
+        self.scheduler.end_lease(lease.lease_id)
+        client.lease_id = 0
+
+    def set_up_for_nobody(self, worker_id: bytes, error: str) -> None:
+        """The worker of such a lease is ready, and idle (or has failed, and is being killed)."""
+        if not error:
+            self.pool.release(worker_id, self._now())
+            self.settle_soon()
 
     def withdraw(self, failed: GivenLease) -> None:
         """The environment of this lease's class can't be set up: nothing more is granted until it is asked for anew."""

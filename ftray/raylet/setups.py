@@ -10,6 +10,7 @@ Rules:
 - Demand reaches the scheduler when its environment is on the node, so a download holds nobody's resources.
 - A lease is granted when its worker has applied the environment: an owner never pushes tasks to one that might not.
 - An environment that can't be set up fails the tasks that wait for it, and ends the demand. Later demand tries again.
+- When nobody wants its lease any more, a worker is set up to the end, but holds no resources meanwhile.
 - A worker that dies while it is set up is replaced (somebody may have killed it); after `DEATHS_MAX` in a row the
   environment is taken to be what kills.
 
@@ -18,6 +19,7 @@ Rejected: a grant before the set-up (tasks in flight would be lost with the work
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -32,6 +34,7 @@ from ftray.wire.messages import EnvironmentReady, LeaseDemand, LeaseEnvironmentF
 if TYPE_CHECKING:
     from ftray.gcs.state.commands import DeathCauseRecord
     from ftray.raylet.leases import GivenLease
+    from ftray.raylet.pool import Worker
     from ftray.raylet.raylet import Raylet
     from ftray.wire.reactor import Timer
 
@@ -65,7 +68,7 @@ class Setup:
         self.environment = environment
         self.done = done
         self.lease = lease
-        """None for an actor, whose death has other ways."""
+        """None for an actor, whose death has other ways, and when nobody waits for it any more."""
         self.timer: Timer | None = None
 
 
@@ -164,6 +167,22 @@ class Setups:
             self.raylet.leases.pool.retire(setup.worker_id)
             self.raylet.processes.kill(setup.worker_id, "its runtime environment could not be set up")
         setup.done(error)
+
+    def nobody_waits(self, client: Client, class_id: int) -> None:
+        """The client wants no lease of this class."""
+        leases = self.raylet.leases
+        for setup in self._setups.values():
+            lease = setup.lease
+            if lease is not None and (lease.client_id, lease.class_id) == (client.worker_id, class_id):
+                worker = self.raylet.clients.by_id[setup.worker_id]  # it leaves there and here at the same time
+                setup.lease = None
+                setup.done = functools.partial(leases.set_up_for_nobody, setup.worker_id)
+                leases.let_go(lease, worker)
+
+    def is_for_nobody(self, worker: Worker) -> bool:
+        """Whether it is being set up, and nobody waits for it any more."""
+        setup = self._setups.get(worker.worker_id)
+        return setup is not None and setup.lease is None and not worker.dedicated
 
     def worker_gone(self, worker: Client) -> None:
         """The worker is dead."""

@@ -1,7 +1,7 @@
-"""What a pending object waits for, in words: for `GetTimeoutError`, the warning of a long `get`, and `list pending`.
+"""What a pending object waits for, in words: for `GetTimeoutError`, for the warning of a long `get`, for tools.
 
-Role: shell, under the core's lock. Looks through the submitter's and the actors' tables; takes time in proportion to the
-queues, so it is for people, not for the runtime.
+Role: shell, under the core's lock. Looks through the submitter's and the actors' tables; takes time in proportion to
+the queues, so it is for people, not for the runtime.
 """
 
 from __future__ import annotations

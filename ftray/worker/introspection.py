@@ -147,14 +147,13 @@ def _pending_tasks(core: Core) -> Iterator[tuple[TaskRecord, str]]:
         why = submitter.infeasible_classes.get(cls.class_id)
         needs = ", ".join(f"{amount:g} {name}" for name, amount in cls.resources.items()) or "nothing"
         for task in cls.queue:
-            yield task, f"queued for a lease of {needs}" + (f" ({why})" if why else "")
+            if not task.cancelled:
+                yield task, f"queued for a lease of {needs}" + (f" ({why})" if why else "")
     for calls in core.actors.calls.values():
         for task in calls.inflight.values():
             yield task, "running or queued in the actor"
-        for task in calls.queue:
-            if task.deps_left:
-                yield task, _waits_for([x for _, x in task.deps if _is_pending(core, x)])
-            else:
+        for task in calls.queued():
+            if not task.deps_left:  # else it was among the unfinished
                 yield task, f"waits for the actor ({calls.state.lower()})"
 
 
@@ -164,10 +163,10 @@ def _pending(core: Core, limit: int) -> dict[str, Any]:
     for task, why in islice(_pending_tasks(core), limit):
         name = f"{task.actor.name}.{task.method}" if task.actor is not None else task.function.name
         rows.append({"task_id": task.task_id.hex(), "name": name, "attempt": task.attempt, "waits": why})
-    dispatcher = core.submitter.dispatcher
-    total = dispatcher.waiting() + len(core.submitter.unfinished) + len(core.submitter.oom.resting)
-    for calls in core.actors.calls.values():
-        total += len(calls.inflight) + len(calls.queue)
+    submitter = core.submitter
+    total = submitter.dispatcher.waiting() + len(submitter.oom.resting)
+    total += sum(task.actor is None for task in submitter.unfinished.values())
+    total += sum(calls.unfinished for calls in core.actors.calls.values())
     blocked = []
     for waits, hung in list(core.objects.waits.values()):
         missing = [x for x in hung if _is_pending(core, x)]

@@ -25,6 +25,7 @@ from ftray.api.context import ask_raylet
 from ftray.gcs.state.tables import ActorState
 from ftray.wire.messages import RecallTasks
 from ftray.worker.core import get_core
+from ftray.worker.introspection import answer
 
 MB = 1 << 20
 SESSION = {"num_cpus": 3, "object_store_memory": 32 * MB, "resources": {"slot": 1}}
@@ -292,3 +293,28 @@ def test_cancelling_the_children_of_a_task_finds_their_worker_dead(tmp_path: Pat
 
     assert ftray.get(parent.remote(str(tmp_path)), timeout=60) == [0] * 4
     assert os.listdir(tmp_path) == ["begun-1"]
+
+
+def test_what_is_said_to_be_pending(tmp_path: Path) -> None:
+    """Each task and call once, those of groups too, and none that was cancelled in its queue."""
+    gate = str(tmp_path / "gate")
+    argument = opened.remote(gate)
+    never = opened.options(resources={"nowhere": 1})
+    tasks = [never.remote(gate) for _ in range(3)]
+    actor = ftray.remote(Plain).options(concurrency_groups={"io": 1}, resources={"nowhere": 1}).remote()
+    calls = [actor.name.remote() for _ in range(3)]
+    calls += [actor.name.options(concurrency_group="io").remote() for _ in range(2)]
+    waits = [actor.give.remote(argument), never.remote(argument)]
+    cancelled = [tasks.pop(1), calls.pop(1)]
+    for ref in cancelled:
+        ftray.cancel(ref)
+    wanted = sorted(ref.task_id() for ref in (argument, *tasks, *calls, *waits))
+    core = get_core()
+    with core.lock:
+        said = answer(core, "pending", {"limit": 100})
+    assert sorted(row["task_id"] for row in said["rows"]) == wanted
+    assert said["total"] == len(wanted)
+    for ref in (*tasks, *calls, *waits):
+        ftray.cancel(ref)
+    Path(gate).touch()
+    ftray.get(argument, timeout=GET_S)
