@@ -117,7 +117,7 @@ class FakeWorker:
                 self.push(link, message, bytes(payload))
         elif isinstance(message, m.WorkerAssigned):
             self.assigned = message
-            if message.environment:
+            if message.environment and "NEVER READY" not in message.environment:
                 raylet.send(m.EnvironmentReady("as the test wants it" if "FAKE" in message.environment else ""))
             for task in self.early:
                 self.push(*task)

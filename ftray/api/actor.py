@@ -33,7 +33,7 @@ from ftray.api.options import (
     return_count,
 )
 from ftray.api.signatures import Arity
-from ftray.exceptions import ActorDiedError, ActorExit
+from ftray.exceptions import ActorDiedError, ActorExit, GetTimeoutError
 from ftray.gcs.state.commands import KvPut, RegisterActor
 from ftray.gcs.state.tables import ActorRecord, ActorState
 from ftray.ids import return_id
@@ -47,7 +47,9 @@ from ftray.worker.objects import Answer
 from ftray.worker.refs import ObjectRef, check_current
 from ftray.worker.serialization import serialize_function
 from ftray.worker.submit import INDEX0
-from ftray.worker.waiting import INLINE, block
+from ftray.worker.waiting import FAILED, INLINE, block
+
+HELD_WAIT_S = 1.0
 
 
 def method(**options: Any) -> Callable[[Any], Any]:
@@ -369,7 +371,7 @@ def get_actor(name: str, namespace: str | None = None) -> ActorHandle:
 
 
 def _find(core: Core, name: str, namespace: str) -> ActorHandle | None:
-    """The live actor of that name; None also when it has just ended."""
+    """The live actor of that name; None also when it has just ended, or is about to for want of handles."""
     answer = Answer()
     with core.lock:
         core.gcs.named_actor(namespace, name, answer.give)
@@ -388,7 +390,19 @@ def _handle_of(core: Core, record: ActorRecord) -> ActorHandle | None:
     if answer.message is None:
         return None
     named = msgspec.msgpack.decode(answer.message, type=NamedFacts)
-    return _new_handle(core, record, named.owner_endpoint, named.facts)
+    handle = _new_handle(core, record, named.owner_endpoint, named.facts)
+    return handle if _is_held(core, handle._ftray_ref) else None
+
+
+def _is_held(core: Core, ref: ObjectRef[Any]) -> bool:
+    """Whether a new handle keeps its actor alive: the owner has counted it before the last other one went. Where the
+    owner is too busy to say so soon, the GCS's word is enough."""
+    try:
+        core.objects.wait_ready((ref,), HELD_WAIT_S)
+    except GetTimeoutError:
+        return True
+    entry = core.entries.get(ref._id)
+    return entry is not None and entry.state != FAILED
 
 
 def _new_handle(core: Core, record: ActorRecord, owner_endpoint: str, facts: HandleFacts) -> ActorHandle:

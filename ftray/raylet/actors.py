@@ -10,7 +10,8 @@ One with a runtime environment is QUEUED while its packages are fetched, and CRE
 
 Rules: everything is told apart by actor and incarnation, so what the GCS repeats does no harm; what is said of an
 earlier incarnation is answered `ActorDied` (nothing runs of it). Resources are free as soon as the worker is gone;
-the report waits up to `CAUSE_WAIT_MS` for the exit status. A worker that has been an actor is never used again.
+the report waits up to `CAUSE_WAIT_MS` for the exit status, longer where no restart waits for it. A worker that has been
+an actor is never used again.
 
 Rejected: asking an actor's worker whether it is still well (its link tells).
 """
@@ -40,10 +41,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("ftray.raylet")
 
-CAUSE_WAIT_MS = 20
-"""An actor's death is reported without its exit status after this time."""
+CAUSE_WAIT_MS = 100
+"""The death of an actor that is restarted is reported without its exit status after this time."""
 GONE_WAIT_MS = 2_000
-"""The same for an actor that was to be stopped, where the GCS waits for certainty, not for speed."""
+"""The same for one that is not, whose callers are told the cause, or that was to be stopped, where the GCS waits for
+certainty, not for speed."""
 
 
 class Stage(enum.IntEnum):
@@ -242,15 +244,16 @@ class Actors:
         self.raylet.leases.pool.retire(client.worker_id)  # it leaves by itself, and its lease ends with it
         self._forget(actor, with_lease=False)
 
-    def worker_gone(self, client: Client) -> None:
-        """The link of a worker has closed: if it was an actor, that is over."""
+    def worker_gone(self, client: Client) -> int:
+        """The link of a worker has closed: if it was an actor, that is over. Returns how many ms its exit status is
+        waited for at most."""
         actor = self._in_worker.pop(client.worker_id, None)
         if actor is None:
-            return
+            return CAUSE_WAIT_MS
         self._forget(actor)
         code = client.exit_code
         left = client.goodbye is not None and not actor.stopping and not code
-        wait_ms = GONE_WAIT_MS if actor.stopping else CAUSE_WAIT_MS
+        wait_ms = CAUSE_WAIT_MS if actor.restartable and not actor.stopping else GONE_WAIT_MS
 
         def known(record: DeathCauseRecord | None) -> None:
             cause = with_what(record or DeathCauseRecord(self.raylet.node_id.hex(), client.pid), actor.class_name)
@@ -259,6 +262,7 @@ class Actors:
             self._report_died(actor.actor_id, actor.incarnation, cause, may_restart=not left)
 
         self.raylet.deaths.ask(client.worker_id, wait_ms, known)
+        return wait_ms
 
     def _of_token(self, token: Hashable) -> Hosted | None:
         return self.hosted.get(token) if isinstance(token, tuple) else None

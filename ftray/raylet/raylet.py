@@ -25,7 +25,7 @@ from ftray.gcs.client import GcsClient
 from ftray.gcs.state.commands import AddJob, DeathCauseRecord, FinishJob, WorkerDied
 from ftray.gcs.state.tables import Code, JobRecord, Record, Result, Table
 from ftray.ids import JOB_ID_BYTES, WORKER_ID_BYTES, short
-from ftray.raylet.actors import CAUSE_WAIT_MS, Actors
+from ftray.raylet.actors import Actors
 from ftray.raylet.asking import Asking
 from ftray.raylet.clients import Client, Clients, Job
 from ftray.raylet.deaths import Deaths, how
@@ -278,9 +278,9 @@ class Raylet:
             if job is not None:
                 self._finish_job(client, job, self.deaths.known(worker_id) if client.goodbye is None else None)
         else:
-            self.actors.worker_gone(client)
+            wait_ms = self.actors.worker_gone(client)
             self.leases.worker_gone(worker_id, client)
-            self._report_worker(client, what)
+            self._report_worker(client, what, wait_ms)
             self.reactor.call_later(LINGER_MS, lambda: self._linger(worker_id))
         self.leases.owner_gone(client)
         self.store.client_gone(client)
@@ -297,8 +297,9 @@ class Raylet:
             self.gcs.command(WorkerDied(client.worker_id, self.node_id, cause), _ignored)
         self.leases.kill_idle_of(job.job_id)
 
-    def _report_worker(self, client: Client, what: str) -> None:
-        """Tells the GCS, if it has run code of a job: it may own actors, and objects that others want."""
+    def _report_worker(self, client: Client, what: str, wait_ms: int) -> None:
+        """Tells the GCS, if it has run code of a job: it may own actors, and objects that others want. If it was an
+        actor, `Actors` reports that first."""
         if not client.job_id:
             return
 
@@ -306,7 +307,7 @@ class Raylet:
             cause = record or DeathCauseRecord(self.node_id.hex(), client.pid, client.worker_id.hex(), what=what)
             self.gcs.command(WorkerDied(client.worker_id, self.node_id, cause), _ignored)
 
-        self.deaths.ask(client.worker_id, CAUSE_WAIT_MS, known)
+        self.deaths.ask(client.worker_id, wait_ms, known)
 
     def _process_exited(self, process: Process) -> None:
         """The template has reaped a worker. Its link may have closed already, or be about to."""

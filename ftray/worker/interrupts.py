@@ -9,7 +9,8 @@ In a worker `TaskInterrupts` interrupts the task that is to be cancelled and not
 main thread leave `time.sleep`, a lock or a system call; its handler looks whether that task runs still and whether the
 main thread is in the task's code, and then does what Ctrl-C would: it calls the program's handler of SIGINT (asyncio's
 and trio's end their runs in good order) or raises KeyboardInterrupt. A thread sends the signal until one of both has
-happened. Since the signal is nobody else's, one that comes too late is known for what it is, and does nothing.
+happened. Since the signal is nobody else's, one that comes too late is known for what it is, and does nothing. An
+import is let finish: modules written in C (numpy's) that are cut short can't be imported again in that process.
 
 Rejected: a flag set around each entry (60 ns on each call of the fast path, and a check after each); blocking signals
 around entries (two system calls); an asynchronous exception (`PyThreadState_SetAsyncExc` wakes nothing that blocks, and
@@ -136,12 +137,22 @@ class TaskInterrupts:
         # A late signal changes nothing: what is wanted may have become the next task since it was read here.
         if not wanted or running is None or running.task_id != wanted or not self._in_task(frame):
             return
+        if self._imports(frame):
+            return
         self.wanted = b""
         handler = signal.getsignal(signal.SIGINT)
         if callable(handler):
             handler(signal.SIGINT, frame)
         else:
             raise KeyboardInterrupt
+
+    def _imports(self, frame: FrameType | None) -> bool:
+        """Whether the task is importing a module."""
+        while frame is not None and frame.f_code not in self.callers:
+            if frame.f_code.co_filename.startswith("<frozen importlib"):
+                return True
+            frame = frame.f_back
+        return False
 
     def _in_task(self, frame: FrameType | None) -> bool:
         """Whether the main thread is in the code of the task (or waits for it), where an exception does no harm."""

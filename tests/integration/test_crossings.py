@@ -22,6 +22,7 @@ import ftray
 from ftray import exceptions
 from ftray.api.actor import _actor_records
 from ftray.api.context import ask_raylet
+from ftray.gcs.state.commands import ActorOutOfScope
 from ftray.gcs.state.tables import ActorState
 from ftray.wire.messages import RecallTasks
 from ftray.worker.core import get_core
@@ -318,3 +319,44 @@ def test_what_is_said_to_be_pending(tmp_path: Path) -> None:
         ftray.cancel(ref)
     Path(gate).touch()
     ftray.get(argument, timeout=GET_S)
+
+
+def test_a_named_actor_whose_last_handle_goes_while_another_one_is_made() -> None:
+    """Its owner has let go of it, but the GCS does not know yet: the name is looked up anew until it does."""
+
+    @ftray.remote(num_cpus=0)
+    class Owner:
+        def make(self) -> Any:
+            self.actor = named.remote()
+            return ftray.get(self.actor.pid.remote())
+
+        def drop(self) -> None:
+            core = get_core()
+            send, kept = core.gcs.command, []
+
+            def release() -> None:
+                for each in kept:
+                    send(*each)
+                core.settle()
+
+            with core.lock:
+                core.gcs.command = lambda *each: kept.append(each)  # type: ignore[method-assign]
+                self.actor = None
+                gc.collect()
+                core.drain()
+                core.gcs.command = send  # type: ignore[method-assign]
+                assert ActorOutOfScope in [type(command) for command, _ in kept]
+                core.reactor.call_later(200, release)
+
+    class Named:
+        def pid(self) -> int:
+            return os.getpid()
+
+    named = ftray.remote(name="crossing", get_if_exists=True)(Named)
+    owner = Owner.remote()
+    first = ftray.get(owner.make.remote(), timeout=GET_S)
+    ftray.get(owner.drop.remote(), timeout=GET_S)
+    with pytest.raises(ValueError, match="no live actor"):
+        ftray.get_actor("crossing")
+    second = named.remote()
+    assert ftray.get(second.pid.remote(), timeout=GET_S) != first

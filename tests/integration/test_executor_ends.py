@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
+import sys
+import textwrap
 import threading
 from concurrent.futures import wait
 from pathlib import Path
@@ -98,6 +101,42 @@ def test_workers_can_be_told_to_stop(tmp_path: Path) -> None:
         assert queued.cancelled()
         assert isinstance(running.exception(10), ftray.exceptions.TaskCancelledError | WorkerCrashedError)
         executor.shutdown()
+
+
+def test_an_import_is_not_cut_short(tmp_path: Path) -> None:
+    """A worker whose numpy was half imported when its call was cancelled would fail all later calls that need it."""
+    (tmp_path / "slow_module.py").write_text(
+        textwrap.dedent(f"""
+        import gc, time
+        from pathlib import Path
+
+        with open({str(tmp_path / "runs")!r}, "a") as file:
+            file.write("x")
+        (interrupts,) = [each for each in gc.get_objects() if type(each).__name__ == "TaskInterrupts"]
+        Path({str(tmp_path / "begun")!r}).touch()
+        deadline = time.monotonic() + 20
+        while not interrupts.wanted and time.monotonic() < deadline:
+            time.sleep(0.001)
+        for _ in range(50):  # the task is interrupted again and again meanwhile
+            time.sleep(0.001)
+        VALUE = 7
+        """)
+    )
+
+    def use() -> int:
+        if str(tmp_path) not in sys.path:
+            sys.path.insert(0, str(tmp_path))
+        return int(importlib.import_module("slow_module").VALUE)
+
+    with FtrayExecutor(1) as executor:
+        pid = executor.submit(os.getpid).result()
+        future = executor.submit(use)
+        wait_for_file(tmp_path / "begun")
+        (ref,) = executor._engine.refs_out()
+        ftray.cancel(ref)
+        assert isinstance(future.exception(20), ftray.exceptions.TaskCancelledError)
+        assert executor.submit(lambda: (use(), os.getpid())).result() == (7, pid)
+    assert (tmp_path / "runs").read_text() == "x"
 
 
 def test_in_a_task() -> None:

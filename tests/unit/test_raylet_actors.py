@@ -103,6 +103,26 @@ def test_a_killed_actor_is_restarted(stage: Stage) -> None:
     assert stage.until_state(seen, ActorState.DEAD).kind is DeathKind.WORKER_DIED
 
 
+def test_a_death_is_reported_with_its_cause_if_nothing_waits_for_a_restart(stage: Stage) -> None:
+    """However long it takes to learn the exit status: whoever reaps the processes is stopped."""
+    _, last = stage.actor(max_restarts=0)
+    _, restarted = stage.actor(max_restarts=1)
+    pids = [stage.until_state(seen, ActorState.ALIVE).pid for seen in (last, restarted)]
+    with open(f"/proc/{pids[0]}/stat") as file:
+        template = int(file.read().rpartition(")")[2].split()[1])
+    os.kill(template, signal.SIGSTOP)
+    try:
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        stage.gcs.until(lambda: restarted[-1].state is not ActorState.ALIVE)
+        assert last[-1].state is ActorState.ALIVE
+    finally:
+        os.kill(template, signal.SIGCONT)
+    cause = stage.until_state(last, ActorState.DEAD).cause
+    assert cause is not None
+    assert cause.signal == signal.SIGKILL
+
+
 def test_an_actor_that_nobody_needs_ends_gracefully(stage: Stage) -> None:
     actor_id, seen = stage.actor()
     record = stage.until_state(seen, ActorState.ALIVE)

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from raylet_node import Driver, GcsPeer, NodeProcess
+from raylet_node import Driver, GcsPeer, NodeProcess, Tool, wait_gone
 
 from ftray.gcs.state.commands import KvPut, RegisterActor
 from ftray.gcs.state.packages import PACKAGES
@@ -169,6 +169,28 @@ def test_a_failure_at_the_worker_withdraws_the_demand(node: NodeProcess, driver:
     driver.say(m.ReturnLeases(tuple(grant.lease_id for grant in grants)))
     driver.say(demand(1, 1, first=False))
     driver.take(m.LeaseEnvironmentFailed)
+
+
+def test_a_set_up_that_nobody_waits_for_any_more_holds_nothing(node: NodeProcess, driver: Driver) -> None:
+    other = Driver(node)
+    tool = Tool(node)
+    environment = said({"env_vars": {"FAKE": "NEVER READY"}})
+    driver.say(m.LeaseDemand(1, 1, {"CPU": 2.0}, "class1", environment))
+
+    def worker(status: dict[str, Any]) -> str:
+        mine = [each for each in status["leases"] if each["owner"] == driver.worker_id.hex()]
+        return str(mine[0]["worker_id"]) if mine else ""
+
+    worker_id = worker(tool.ask_until(worker))
+    other.say(demand(1, 1))
+    driver.say(demand(1, 0, first=False))
+    other.take(m.LeaseGranted)
+    # The worker ends with its job, however long it would take.
+    (pid,) = [each["pid"] for each in tool.ask("status")["workers"] if each["worker_id"] == worker_id]
+    driver.close()
+    wait_gone(pid)
+    other.close()
+    tool.close()
 
 
 def test_a_worker_that_speaks_out_of_turn_loses_its_link(node: NodeProcess, driver: Driver) -> None:

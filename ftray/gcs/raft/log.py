@@ -62,6 +62,7 @@ class JournalLike(Protocol):
 class _Meta(msgspec.Struct, array_like=True, frozen=True):
     vote: str
     members: Table
+    members_index: int
     active: bool
 
 
@@ -93,6 +94,8 @@ class RaftLog:
         self.commit = 1
         self.first_members: Table = ()
         """The table that the cluster was formed with, or that this head joined with; empty before."""
+        self.first_index = 0
+        """The entry that the first table stands in, for a head that joined; it is in the log of its peers."""
         self.active = False
         """The first table is agreed upon."""
         self.snapshot_index = 0
@@ -123,7 +126,8 @@ class RaftLog:
                 elif record.kind == META:
                     meta = _decode_meta(record.payload)
                     self.term, self.commit, self.vote = record.term, record.index, meta.vote or None
-                    self.first_members, self.active = meta.members, meta.active
+                    self.first_members, self.first_index = meta.members, meta.members_index
+                    self.active = meta.active
                 else:
                     raise JournalVersionError(
                         f"the journal of this head holds records of kind {record.kind}, which this ftray does not "
@@ -214,17 +218,17 @@ class RaftLog:
 
     @property
     def members_index(self) -> int:
-        return self._tables[-1][0] if self._tables else 0
+        return self._tables[-1][0] if self._tables else self.first_index
 
     def members_at(self, index: int) -> tuple[Table, int]:
         """The table after entry `index`, and its entry."""
         for position, members in reversed(self._tables):
             if position <= index:
                 return members, position
-        return self.first_members, 0
+        return self.first_members, self.first_index
 
-    def set_first_members(self, members: Table, active: bool) -> None:
-        self.first_members, self.active, self._meta_due = members, active, True
+    def set_first_members(self, members: Table, index: int, active: bool) -> None:
+        self.first_members, self.first_index, self.active, self._meta_due = members, index, active, True
 
     # --- writing ------------------------------------------------------------------------------------------------------
 
@@ -276,7 +280,8 @@ class RaftLog:
         return index
 
     def _meta(self) -> Record:
-        return Record(META, self.term, self.commit, _encode(_Meta(self.vote or "", self.first_members, self.active)))
+        meta = _Meta(self.vote or "", self.first_members, self.first_index, self.active)
+        return Record(META, self.term, self.commit, _encode(meta))
 
     def _set_anchor(self, snapshot: Snapshot, index: int, term: int) -> None:
         self._entries = [(_NO_OP_COMMAND, index, term)]

@@ -251,7 +251,7 @@ class Peers:
         """Goes on towards an active table, after a greeting or at the start."""
         if hello is not None and hello.active:
             if find(hello.members, self.me) is not None:
-                self._activate(hello.members)
+                self._activate(hello.members, hello.members_index)
             return  # otherwise they refuse this head themselves, and say why
         if self._joining or (hello is not None and hello.joining):
             return
@@ -276,7 +276,7 @@ class Peers:
                 if peer.hello is not None and peer.hello.members == ours
             }
             if all(member.replica_id in agreed for member in ours if member.replica_id != self.me):
-                self._activate(ours)
+                self._activate(ours, 0)
 
     def _prepare(self) -> Table:
         """Writes the table down if the identities of all heads are known. Returns it, or ()."""
@@ -287,12 +287,12 @@ class Peers:
         if any(endpoint not in known for endpoint in self._heads):
             return ()
         members = tuple(sorted(Member(known[endpoint], endpoint) for endpoint in self._heads))
-        self._log.set_first_members(members, active=False)
+        self._log.set_first_members(members, 0, active=False)
         self._greet()
         return members
 
-    def _activate(self, members: Table) -> None:
-        self._log.set_first_members(members, active=True)
+    def _activate(self, members: Table, index: int) -> None:
+        self._log.set_first_members(members, index, active=True)
         self._owner.on_active()
         self._greet()
         for link, peer in list(self._links.items()):

@@ -389,11 +389,11 @@ class RaftReplica:
         match event:
             case m.Append() | m.Ping() | m.SnapshotPart():
                 self._follow(engine, elections, peer, event, now_ms)
-            case m.VoteRequest() if elections.votes:
+            case m.VoteRequest():  # also without a vote: the sender may know of one that is not in the log here yet
                 engine.on_vote_request(peer, event)
             case m.Vote() if event.term == engine.term and elections.first_vote(peer):
                 engine.on_vote(peer, event.term)
-            case m.PreVoteRequest() if elections.votes:
+            case m.PreVoteRequest():
                 elections.on_request(peer, event, now_ms)
             case m.PreVote():
                 elections.on_answer(peer, event, now_ms)
@@ -467,6 +467,7 @@ class RaftReplica:
 
     def _on_table_committed(self, members: membership.Table) -> None:
         log.info("the heads are now: %s", membership.show(members))
+        self._peers.table_changed()
         # A head that was added (again) later in the log is a member.
         if all(membership.find(each, self.replica_id) is None for each in (members, self._log.members)):
             raise ReplicaRemovedError(
