@@ -175,7 +175,7 @@ class Core:
                 entry = entries.get(object_id)
                 if entry is not None:
                     entry.local -= 1
-                    if not entry.local:
+                    if not entry.local and not entry.contained:  # else a live object keeps it, as `release` would find
                         release(object_id, entry)
         if self.unviewed:
             self.objects.drop_views()

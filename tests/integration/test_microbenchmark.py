@@ -50,7 +50,7 @@ def test_a_benchmark_that_fails_says_why() -> None:
 
 
 def test_a_benchmark_that_hangs_is_ended() -> None:
-    slow = replace(BY_NAME["tasks-sync"], timeout_s=1.0)
+    slow = replace(BY_NAME["mixed"], timeout_s=1.0)
     with pytest.raises(BenchmarkError, match="did not end within 1 s"):
         measure(slow, "ftray", sys.executable, 1_000_000)
 

@@ -96,7 +96,7 @@ def test_only_what_both_looks_find_is_confirmed() -> None:
 
 
 def test_the_result_of_an_attempt_that_failed_is_known_to_who_runs_it_again() -> None:
-    """A worker that dies after it has stored its result, and before it could say so, leaves that to the next attempt."""
+    """A worker that dies after it has stored its result, before it could say so, leaves that to the next attempt."""
     owner = process(DRIVER, "driver", reference("a", state="pending", size=0))
     owner["answer"]["expected"] = ["a"]
     report = build(answer(owner, objects=(stored("a"),)))

@@ -9,7 +9,9 @@ The bare library acknowledges the three writes and loses them. Both are driven b
 
 from __future__ import annotations
 
+import _socket
 import random
+import socket
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -28,6 +30,9 @@ from ftray.gcs.raft.shell import Timing
 from ftray.gcs.replica import Request
 from ftray.gcs.state.commands import KvPut, encode_command
 from ftray.gcs.state.tables import Result
+
+# The library puts a function for Windows here, which works nowhere else.
+socket.inet_ntop = _socket.inet_ntop
 
 NAMES = "ABCDE"
 

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import importlib.util
 import random
+import socket
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from types import ModuleType
@@ -74,11 +75,15 @@ _clock: Callable[[], float] = lambda: 0.0  # noqa: E731
 
 
 def _load() -> ModuleType:
-    spec = importlib.util.find_spec("pysyncobj.syncobj")
-    if spec is None or spec.loader is None:
-        raise LibraryMovedError("pysyncobj has no module pysyncobj.syncobj: install the version that ftray asks for")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    inet_ntop = socket.inet_ntop
+    try:
+        spec = importlib.util.find_spec("pysyncobj.syncobj")
+        if spec is None or spec.loader is None:
+            raise LibraryMovedError("pysyncobj has no module syncobj: install the version that ftray asks for")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    finally:
+        socket.inet_ntop = inet_ntop  # where it has put its own, for Windows, which works nowhere else
     check_module(module, version("pysyncobj"))
     replaced: dict[str, Any] = {
         "monotonicTime": lambda: _clock(),
