@@ -216,6 +216,7 @@ def test_answers_of_the_last_life_count_when_news_of_the_next_come_first(tmp_pat
             return os.getpid()
 
         def data(self) -> bytes:
+            wait_for_file(tmp_path / "go")
             return bytes(50_000)
 
         def die(self) -> None:
@@ -230,6 +231,7 @@ def test_answers_of_the_last_life_count_when_news_of_the_next_come_first(tmp_pat
     with core.lock:  # nothing is read here until the news of the next life has come
         core.settle()
         channel = actor._ftray_calls.link.sock
+        (tmp_path / "go").touch()
         wait_until(lambda: unread_bytes(channel) > 150_000, what="the answers")
         (tmp_path / "die").touch()
         wait_for_file(tmp_path / "again")
