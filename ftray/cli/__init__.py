@@ -30,6 +30,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "start": ("ftray.cli.start", "Start a node on this machine: the head of a new cluster, or one that joins."),
     "stop": ("ftray.cli.stop", "Stop the nodes that were started on this machine."),
     "status": ("ftray.cli.status", "Show the nodes, resources, jobs and actors of the cluster."),
+    "heads": ("ftray.cli.heads", "Show, add, remove or replace the heads of a cluster with several."),
     "list": ("ftray.cli.listing", "List pending tasks, workers, actors, nodes or objects."),
     "memory": ("ftray.cli.memory", "Show what objects hold in memory and on disk, and why."),
     "stack": ("ftray.cli.stack", "Show where each driver and worker is."),

@@ -36,6 +36,7 @@ LOGIC = (
     "ftray.runtime_env",
     "ftray.wire.frames",
     "ftray.wire.handshake",
+    "ftray.wire.head_messages",
     "ftray.wire.messages",
     "ftray.wire.values",
     "chaos.checkers",
