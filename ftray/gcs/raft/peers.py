@@ -321,7 +321,7 @@ def check_heads(raft_log: RaftLog, endpoint: str, heads: Sequence[str], join: bo
                 "started with: give all heads the same list, with each of them"
             )
         return
-    known = sorted(member.endpoint for member in members)
+    known = sorted({member.endpoint for member in members})  # two share one while a head is being replaced
     if heads and not join and sorted(set(heads)) != known:
         raise MembershipMismatchError(
             f"this head was started with the heads {', '.join(sorted(set(heads)))}, but the cluster, as its disk knows "
