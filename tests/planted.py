@@ -235,7 +235,7 @@ def _options(*kinds: str, heads: int = 3, pause_ms: float = 180.0) -> Options:
 
 PLANTED = (
     Planted(reply_before_sync, _options("crash"), 20),
-    Planted(stale_acknowledgement_accepted, _options("crash", "cut", heads=5), 150),
+    Planted(stale_acknowledgement_accepted, _options("crash", "cut", heads=5), 600),
     Planted(double_vote_counted, _options("crash", "cut", heads=5), 60),
     Planted(snapshot_without_its_sessions, _options("crash", "disk"), 30),
     Planted(watch_resume_off_by_one, _options("crash", "cut"), 20),

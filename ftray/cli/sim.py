@@ -51,7 +51,19 @@ def _numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> t
 
 @click.group("sim")
 def command() -> None:
-    """Run a cluster's heads and clients in virtual time, under faults drawn from a seed."""
+    """Run a cluster's heads and clients in virtual time, under faults drawn from a seed, and check them.
+
+    \b
+    Examples:
+      ftray sim run --seeds 0..999
+      ftray sim run --seed 17
+
+    \b
+    Exit codes:
+      0  all is well
+      1  a run has failed
+      2  the command line is wrong
+    """
 
 
 @command.command("run")

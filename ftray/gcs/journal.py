@@ -1,7 +1,7 @@
 """The journal: an append-only file of checksummed records that a replica reads back when it starts.
 
-Role: shell (files only, through `files.py`; their bytes are `journal_format.py`). `append` collects records, `sync` writes them as one
-**frame** and makes it durable; when `sync` has returned, `replay` gives them back after any crash.
+Role: shell (files only, through `files.py`; their bytes are `journal_format.py`). `append` collects records, `sync`
+writes them as one **frame** and makes it durable; when `sync` has returned, `replay` gives them back after any crash.
 
 Rules
 - A frame is written only when all frames before it are durable. So a bad frame with a good one after it was
@@ -317,7 +317,8 @@ class Journal:
 
     def _write_frame(self, file: _File, body: list[bytes], length: int) -> None:
         place = place_crc(file.salt_crc, file.size_bytes)
-        _pwrite_all(self._files, file.fd, [encode_frame_head(place, file.sequence, body, length), *body], file.size_bytes)
+        parts = [encode_frame_head(place, file.sequence, body, length), *body]
+        _pwrite_all(self._files, file.fd, parts, file.size_bytes)
 
     def _write_new(self, records: list[Record]) -> _File:
         """Writes a file with these records under a temporary name, and makes it durable. Raises OSError."""

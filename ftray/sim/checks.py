@@ -2,10 +2,14 @@
 
 Role: logic over a world, but for its reading of replicas' insides.
 
-After each batch of a head: one leader in each term; what the leader takes a follower to have it has; what is applied at an index is the same everywhere and for ever; a
-new leader has everything that was committed in the terms before; heads that publish a change of the same revision
-publish the same. Now and then: log matching. At the end: the histories are linearizable, increments took effect once
-and are all there, watchers have seen how it ended, and all heads hold the same state.
+After each batch of a head
+- one leader in each term; what the leader takes a follower to have it has;
+- what is applied at an index is the same everywhere and for ever; a new leader has everything that was committed in the
+  terms before; a read that is confirmed as fresh misses nothing that was applied anywhere when it was asked;
+- a restarted head knows its term and vote; heads that publish a change of the same revision publish the same.
+
+Now and then: log matching. At the end: the histories are linearizable, increments took effect once and are all there,
+watchers have seen how it ended, and all heads hold the same state.
 """
 
 from __future__ import annotations
@@ -36,6 +40,7 @@ class Checks:
         self.committed_in: dict[int, int] = {}
         """The term in which an entry was first applied."""
         self.changes: dict[tuple[int, Table, bytes], Record | None] = {}
+        self.last_applied = 0
         self.undecided = 0
         self.heads: Sequence[Head] = ()
         self._told: dict[bytes, tuple[int, str | None]] = {}
@@ -50,6 +55,7 @@ class Checks:
 
     def applied(self, head: Head, index: int, term: int, command: bytes) -> None:
         engine = head.engine
+        self.last_applied = max(self.last_applied, index)
         if index not in self.committed:
             self.committed[index] = (term, command)
             self.committed_in[index] = engine.term if engine is not None else term
@@ -110,7 +116,7 @@ class Checks:
             first = log[0][1]
             if match > first and not peer.replica._log.has(match, log[match - first][2]):
                 self.problem(
-                    f"{head.name}, which leads in term {term}, takes {peer.name} to have entry {match}, which it has not"
+                    f"{head.name}, the leader in term {term}, takes {peer.name} to have entry {match}, which it has not"
                 )
 
     def _complete(self, head: Head) -> None:

@@ -1,7 +1,7 @@
 """Simulated clients of the GCS: what they ask, and the histories of what they were told.
 
-Role: shell. Everything goes through the production `GcsClient`, which repeats a command under its sequence number until it
-has a result.
+Role: shell. Everything goes through the production `GcsClient`, which repeats a command under its sequence number until
+it has a result.
 
 Workloads, each client one of them
 - *table*: `put`, `put_new`, `delete` and `get` of a few keys that all share, with values of which none comes twice.
@@ -249,9 +249,7 @@ class NamesClient(_Recording):
         name = self.rng.choice(NAMES)
         if self.rng.random() < 0.4:
             self._invoke("get", name)
-            self.gcs.read_named(
-                "sim", name, lambda record: self._end(record.actor_id.hex() if isinstance(record, ActorRecord) else None)
-            )
+            self.gcs.read_named("sim", name, self._looked_up)
             return
         actor = self.rng.randbytes(16)
         self._invoke("create", name, actor.hex())
@@ -259,6 +257,9 @@ class NamesClient(_Recording):
             actor, JOB, None, NODE, "Thing", name=name, namespace="sim", detached=True, resources=NEVER_ROOM
         )
         self.gcs.command(command, lambda result: self._created(name, actor, result))
+
+    def _looked_up(self, record: Record | None) -> None:
+        self._end(record.actor_id.hex() if isinstance(record, ActorRecord) else None)
 
     def _created(self, name: str, actor: bytes, result: Result) -> None:
         if result.ok:

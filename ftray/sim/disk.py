@@ -64,7 +64,7 @@ class _File:
         fate = rng.random()
         if fate < 0.4:
             return  # nothing of it has reached the disk
-        for offset, _, size, after in undo:
+        for offset, _, _, after in undo:
             if not after:
                 if fate > 0.9:
                     del self.data[offset:]

@@ -4,7 +4,8 @@ Role: shell of nothing; it decides what breaks when. A fault names its target by
 and lasts for a time of its own, so that each can be left out without changing what the others are.
 
 Rules
-- At most one disk at a time is emptied or damaged, and no other before the head is replaced: more would lose data by right.
+- At most one disk at a time is emptied or damaged, and no other before the head is replaced: more would lose data by
+  right.
 - All faults end by themselves, and at once when the world says so.
 """
 
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 KINDS: dict[str, tuple[tuple[str, int], ...]] = {
     "crash": (("kill", 6), ("power", 4), ("power_all", 2), ("stop", 2), ("kill_client", 1)),
     "freeze": (("freeze", 4), ("freeze_client", 1)),
-    "cut": (("cut", 3), ("one_way", 3), ("partial", 3), ("cut_client", 2), ("slow", 3), ("break", 2)),
+    "cut": (("cut", 3), ("one_way", 3), ("partial", 3), ("split", 3), ("cut_client", 2), ("slow", 3),
+            ("slow_pair", 3), ("break", 2)),
     "disk": (
         ("full", 2), ("slow_sync", 2), ("fail_sync", 1), ("crash_in_sync", 4), ("flip", 1), ("lose_disk", 1),
         ("compact", 2),
@@ -105,7 +107,9 @@ def apply(world: World, fault: Fault) -> None:
         world.until(fault.duration_ms, head.thaw)
     elif kind in ("cut", "one_way", "partial"):
         _cut(world, fault, head)
-    elif kind == "slow":
+    elif kind == "split":
+        _split(world, fault, head)
+    elif kind in ("slow", "slow_pair"):
         _slow(world, fault, head)
     elif kind == "break":
         others = [each.name for each in (*world.heads, *world.clients) if each is not head]
@@ -161,6 +165,19 @@ def _cut(world: World, fault: Fault, head: Head) -> None:
     _cut_now(world, directions, fault)
 
 
+def _split(world: World, fault: Fault, head: Head) -> None:
+    """Two parts, the head in the smaller one; clients belong to one of them, or to both."""
+    others = [each.name for each in world.heads if each is not head]
+    first = fault.other % max(1, len(others))
+    others = others[first:] + others[:first]
+    size = int(fault.amount * 10) % max(1, (len(others) + 1) // 2)
+    inside, outside = [head.name, *others[:size]], others[size:]
+    if fault.flag:
+        clients = [each.name for each in world.clients]
+        inside, outside = inside + clients[::2], outside + clients[1::2]
+    _cut_now(world, [pair for a in inside for b in outside for pair in ((a, b), (b, a))], fault)
+
+
 def _cut_now(world: World, directions: list[Direction], fault: Fault) -> None:
     world.network.cut(directions)
     world.until(fault.duration_ms, lambda: world.network.heal(directions, broken=fault.amount < 0.4))
@@ -171,9 +188,13 @@ def _slow(world: World, fault: Fault, head: Head) -> None:
     if fault.flag and others:
         others = [others[fault.other % len(others)]]
     slow = world.network.slow
+    directions = [(head.name, name) for name in others]
+    if fault.kind == "slow_pair" and others:
+        name = others[fault.other % len(others)]
+        directions = [(head.name, name), (name, head.name)]
     extra_ms = {
-        (head.name, name): 20.0 + 1500.0 * (fault.amount * (1.6 * number + 1.0) % 1.0) ** 2
-        for number, name in enumerate(others)
+        direction: 20.0 + 1500.0 * (fault.amount * (1.6 * number + 1.0) % 1.0) ** 2
+        for number, direction in enumerate(directions)
     }
     for direction, ms in extra_ms.items():
         slow.setdefault(direction, []).append(ms)

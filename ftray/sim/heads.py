@@ -1,7 +1,7 @@
 """A simulated head: the production replica, journal and GCS server on a simulated machine.
 
-Role: shell. The host's reactor, clock and randomness come from the simulation, its journal lies on a simulated disk; what
-`RaftHost`, `RaftReplica` and `GcsServer` do with them is the production code.
+Role: shell. The host's reactor, clock and randomness come from the simulation, its journal lies on a simulated disk;
+what `RaftHost`, `RaftReplica` and `GcsServer` do with them is the production code.
 
 A head that must not come back as it is (its disk was emptied or is damaged, it was replaced) is brought back as an
 operator would: with an empty disk, as a new member that takes the former one's place.
@@ -37,9 +37,24 @@ JOURNAL = Path("/gcs/journal")
 
 
 class CheckedReplica(RaftReplica):
-    """Tells the checks what it applies."""
+    """Tells the checks what it applies, and which reads it confirms."""
 
     applied: Callable[[int, int, bytes], None]
+    checks: Checks
+
+    def confirm(self, confirmed: Callable[[bool], None]) -> None:
+        known = self.checks.last_applied
+
+        def checked(fresh: bool) -> None:
+            engine = self._engine
+            if fresh and engine is not None and engine.last_applied < known:
+                self.checks.problem(
+                    f"{self.endpoint} confirms a fresh read, has applied {engine.last_applied} entries, and {known} "
+                    "were applied elsewhere when it was asked"
+                )
+            confirmed(fresh)
+
+        super().confirm(checked)
 
     def on_apply(self, index: int, term: int, command: bytes) -> None:
         self.applied(index, term, command)
@@ -71,7 +86,8 @@ class SimHost(RaftHost):
         journal = Journal.open(JOURNAL, CLUSTER, head.hooks.identity(head), files=head.files)
         head.replica_id = journal.replica_id
         # The checks are told of entries that are applied in the constructor, too.
-        kind = type("Replica", (head.hooks.replica,), {"applied": staticmethod(partial(head.hooks.checks.applied, head))})
+        members = {"applied": staticmethod(partial(head.hooks.checks.applied, head)), "checks": head.hooks.checks}
+        kind = type("Replica", (head.hooks.replica,), members)
         self.replica = kind(
             journal, endpoint=head.name, heads=head.heads, transport=_Transport(self), now_ms=head.clock_ms,
             rng=random.Random(head.rng.getrandbits(64)), join=head.joining, timing=head.hooks.timing,

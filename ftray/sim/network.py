@@ -9,16 +9,17 @@ What is simulated
 - A *slow* direction adds a time to each message.
 - A connection breaks: both ends are told. A machine that loses its power tells nobody; the other ends are told when it
   is there again, or when `DEAD_PEER_MS` have passed (keep-alives).
-- A frozen process takes part as far as its kernel does: connections are made and nothing is answered.
+- A frozen process takes part as far as its kernel does: what comes waits, and nothing is answered.
 - What a peer doesn't read waits at the sender (`len(link.out)`), beyond what socket buffers hold.
 
-Rejected: lost and doubled messages within a connection (TCP does not do that); simulated packets (nobody looks at them).
+Rejected: lost and doubled messages within a connection (TCP does not do that); simulated packets (nobody looks).
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ftray.exceptions import ProtocolError
@@ -279,9 +280,7 @@ class Network:
                 for arrive in held:
                     when_ms = self.sim.now_ms + self._latency(source, link.process, target)
                     when_ms = link.arrives_ms = max(when_ms, link.arrives_ms)
-                    self.sim.at(when_ms, lambda link=link, arrive=arrive: self._unless_cut(  # type: ignore[misc]
-                        source, target, link, arrive
-                    ))  # fmt: skip
+                    self.sim.at(when_ms, partial(self._unless_cut, source, target, link, arrive))
 
     def break_between(self, a: str, b: str) -> None:
         """All connections between two machines break."""

@@ -12,7 +12,6 @@ A run has failed when
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from ftray.sim.faults import Fault
@@ -118,10 +117,10 @@ def _first_difference(first: Outcome, second: Outcome) -> str:
     return f"traces {first.trace} and {second.trace}, the event logs are the same"
 
 
-def shrink(failed: Outcome, hooks_kind: type[Hooks] = Hooks, told: Callable[[int, int], object] | None = None) -> Outcome:
+def shrink(failed: Outcome, hooks_kind: type[Hooks] = Hooks) -> Outcome:
     """Leaves out faults while the run still fails in the same way. Returns the smallest failing run that was found.
 
-    First large parts, then single ones; at most `SHRINK_RUNS_MAX` runs. `told` hears of runs and faults left.
+    First large parts, then single ones; at most `SHRINK_RUNS_MAX` runs.
     """
     best, kept, runs = failed, [each.number for each in failed.faults], 0
     size = max(1, len(kept) // 2)
@@ -136,8 +135,6 @@ def shrink(failed: Outcome, hooks_kind: type[Hooks] = Hooks, told: Callable[[int
                 best, kept, shrunk = outcome, fewer, True
             else:
                 at += size
-            if told is not None:
-                told(runs, len(kept))
         if size > 1:
             size = max(1, size // 2)
         elif not shrunk:

@@ -1,11 +1,12 @@
 """One simulated cluster: heads, clients, a schedule of faults, and the phases of a run.
 
-Role: shell around the simulation. What is production code in it: the Raft replica with its journal format, log, elections,
-snapshots and members; the GCS server, its watches and managers; the GCS client; the state machine. What is
-simulated: sockets and their handshake, files, clocks, randomness, processes, the operator who replaces heads.
+Role: shell around the simulation. What is production code in it: the Raft replica with its journal, log, elections,
+snapshots and members; the host with its links to other heads; the GCS server, its watches and managers; the GCS client;
+the state machine. What is simulated: sockets and their handshake, files, clocks, randomness, processes, the operator
+who replaces heads.
 
-Phases: the heads form a cluster; clients work while faults happen (safety); the faults end, and everything must be as it
-should within `CONVERGE_MS` (liveness); the final state is read and everything is checked.
+Phases: the heads form a cluster; clients work while faults happen (safety); the faults end, and everything must be as
+it should within `CONVERGE_MS` (liveness); the final state is read and everything is checked.
 """
 
 from __future__ import annotations
@@ -204,9 +205,13 @@ class World:
         end_ms = self.sim.now_ms + duration_ms
         problems = self.checks.problems
         step = 0
+
+        def wrong() -> bool:
+            return bool(problems)
+
         while self.sim.now_ms < end_ms:
             step += 1
-            self.sim.run(min(end_ms, self.sim.now_ms + STEP_MS), lambda: bool(problems))
+            self.sim.run(min(end_ms, self.sim.now_ms + STEP_MS), wrong)
             if problems or self.histories.problems or self.errors:
                 problems += self.histories.problems
                 self.histories.problems = []

@@ -17,7 +17,9 @@ from ftray.cli.sim import command
 from ftray.config import Config
 from ftray.gcs.journal import Journal
 from ftray.gcs.journal_format import ENTRY, Record
+from ftray.gcs.state.commands import KvDelete
 from ftray.gcs.state.errors import JournalCorruptError, JournalFailedError, JournalWriteError
+from ftray.gcs.state.handlers import HANDLERS
 from ftray.sim import runner
 from ftray.sim.disk import CrashError, Disk, SimFiles
 from ftray.sim.engine import Simulation
@@ -318,10 +320,13 @@ def test_schedules_have_all_kinds_and_leave_out_what_was_not_asked_for() -> None
 
 @pytest.mark.parametrize("heads", [1, 3, 5])
 def test_seeds_pass(heads: int) -> None:
+    operations = 0
     for seed in range(8 if heads == 3 else 2):
         outcome = run_seed(seed, Options(heads=heads, seconds=3.0))
         assert outcome.ok, outcome
-        assert outcome.operations > 30 and not outcome.undecided
+        assert not outcome.undecided
+        operations += outcome.operations
+    assert operations > 100
 
 
 def test_the_same_seed_gives_the_same_trace_and_another_one_another() -> None:
@@ -359,7 +364,7 @@ def test_what_is_not_deterministic_is_noticed(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_failures_are_classed(monkeypatch: pytest.MonkeyPatch) -> None:
-    calm = Options(seconds=0.2, faults=())
+    calm = Options(seconds=1.0, faults=())
     with monkeypatch.context() as patch:
         patch.setattr(World, "_unsettled", lambda world: "never")
         patch.setattr("ftray.sim.world.CONVERGE_MS", 200.0)
@@ -368,7 +373,7 @@ def test_failures_are_classed(monkeypatch: pytest.MonkeyPatch) -> None:
         patch.setattr("ftray.sim.clients.TableClient._told", lambda client, what, result: 1 / 0)
         assert run_seed(1, calm).kind == CRASH
     with monkeypatch.context() as patch:
-        patch.setattr("ftray.gcs.state.state.GcsState.kv_get", lambda state, namespace, key: b"never written")
+        patch.setitem(HANDLERS, KvDelete, lambda store, command: 1)
         assert run_seed(1, calm).kind == SAFETY
 
 
@@ -407,12 +412,12 @@ def test_the_command_runs_seeds_and_says_how_it_went() -> None:
 
 
 def test_the_command_shows_what_failed_and_how_to_replay_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ftray.gcs.state.state.GcsState.kv_get", lambda state, namespace, key: b"never written")
-    words = ["run", "--seed", "1", "--seconds", "0.5", "--faults", "crash"]
+    monkeypatch.setitem(HANDLERS, KvDelete, lambda store, command: 1)
+    words = ["run", "--seed", "1", "--seconds", "1.5", "--faults", "clock"]
     result = CliRunner().invoke(command, words)
     assert result.exit_code == 1
     assert "safety failure" in result.output and "The end of the event log" in result.output
-    assert "ftray sim run --seed 1 --seconds 0.5 --faults crash" in result.output
+    assert "ftray sim run --seed 1 --seconds 1.5 --faults clock" in result.output
 
 
 @pytest.mark.parametrize(

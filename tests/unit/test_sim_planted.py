@@ -1,4 +1,4 @@
-"""The simulator is tested: each planted defect is found within a bounded number of seeds, and the right code passes them."""
+"""The simulator is tested: each planted defect is found within a bounded number of seeds."""
 
 from __future__ import annotations
 

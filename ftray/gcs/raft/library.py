@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import importlib.util
 import random
+import socket
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from types import ModuleType
@@ -74,11 +75,15 @@ _clock: Callable[[], float] = lambda: 0.0  # noqa: E731
 
 
 def _load() -> ModuleType:
-    spec = importlib.util.find_spec("pysyncobj.syncobj")
-    if spec is None or spec.loader is None:
-        raise LibraryMovedError("pysyncobj has no module pysyncobj.syncobj: install the version that ftray asks for")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    inet_ntop = socket.inet_ntop
+    try:
+        spec = importlib.util.find_spec("pysyncobj.syncobj")
+        if spec is None or spec.loader is None:
+            raise LibraryMovedError("pysyncobj has no module syncobj: install the version that ftray asks for")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    finally:
+        socket.inet_ntop = inet_ntop  # where it has put its own, for Windows, which works nowhere else
     check_module(module, version("pysyncobj"))
     replaced: dict[str, Any] = {
         "monotonicTime": lambda: _clock(),
@@ -386,9 +391,13 @@ class Engine:
 
     def on_ack(self, peer: bytes, ack: m.Ack) -> None:
         """An acknowledgement of this term."""
+        next_index = max(1, min(ack.next_index, self.last_index + 1))
+        if not ack.success:
+            # Of several messages on their way that don't fit, the first says how far to go back. The later ones only
+            # say that there is a gap: going forward again to it would bring the same messages, for ever.
+            next_index = min(next_index, self._raft._SyncObj__raftNextIndex.get(self.node(peer), next_index))
         self._receive(peer, {
-            "type": "next_node_idx", "reset": ack.reset, "success": ack.success,
-            "next_node_idx": max(1, min(ack.next_index, self.last_index + 1)),
+            "type": "next_node_idx", "reset": ack.reset, "success": ack.success, "next_node_idx": next_index,
         })  # fmt: skip
 
     def on_vote_request(self, peer: bytes, event: m.VoteRequest) -> None:
