@@ -124,21 +124,40 @@ def test_a_client_that_waits_for_nothing_leaves_a_frozen_leader_too(world: Heads
     world.until(lambda: told[-1].record is not None, 10 * SILENCE_MS)
 
 
-def test_a_stale_leader_answers_no_read(world: HeadsWorld) -> None:
-    """Planted: without the confirmation the frozen leader would answer the old value when it is thawed."""
+def test_a_stale_leader_answers_no_read(world: HeadsWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When it is thawed, it hears what a client asks, and of the other heads nothing."""
     world.start()
     leader = world.leader()
     stuck = world.client()
     assert world.run(stuck, put(b"k", b"old")).ok
     found: list[object] = []
     leader.frozen = True
-    other = world.client()
-    assert world.run(other, put(b"k", b"new")).ok
     stuck.read(Table.KV, kv_key("ns", b"k"), found.append)
     stuck.reactor.flush_dirty()
+    world.client_reactors.remove(stuck.reactor)
+    assert world.run(world.client(), put(b"k", b"new")).ok
+    assert leader.host is not None
+    monkeypatch.setattr(leader.host.replica, "link_message", lambda link, data: None)
     leader.frozen = False
+    world.settle()
+    world.client_reactors.append(stuck.reactor)
     world.until(lambda: found)
     assert isinstance(found[0], KvRecord) and found[0].value == b"new"
+
+
+def test_a_command_whose_answer_is_lost_takes_effect_once(world: HeadsWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.start()
+    leader = world.leader()
+    client = world.client()
+    assert world.run(client, put(b"a")).ok
+    assert leader.host is not None
+    monkeypatch.setattr(leader.host.server, "_reply", lambda *answer: None)
+    results = Events()
+    client.command(put(b"k", overwrite=False), results.note("result"))
+    world.until(lambda: all(value_of(world, index, b"k") for index in range(3)))
+    leader.kill()
+    world.until(lambda: results)
+    assert results.of("result")[0].code is Code.OK  # carried out again it would be `exists`
 
 
 def test_leadership_is_handed_over_and_clients_follow(world: HeadsWorld) -> None:
