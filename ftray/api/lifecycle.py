@@ -254,7 +254,8 @@ def _find(address: str) -> dict[str, Any]:
             "without an address"
         )
     cluster = [each for each in sessions if each.get("cluster_id") == sessions[0].get("cluster_id")]
-    cluster.sort(key=lambda each: bool(each.get("head")))  # a head need not offer anything to run on
+    # A head need not offer anything to run on.
+    cluster.sort(key=lambda each: (not each.get("cpus", 1), bool(each.get("head"))))
     info = dict(cluster[0])
     token = os.environ.get("FTRAY_TOKEN")
     if token:

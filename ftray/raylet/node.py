@@ -114,6 +114,7 @@ class Node:
         self.reactor = Reactor(config, token, cluster_id, name="node")
         self._parts.append(self.reactor.close)
         self.hosting: Hosting | None = None
+        self._started = time.time()
         self._registered = self._registering = self._lost_gcs = False
         self._failure = ""
         if self.spec.head:
@@ -180,7 +181,18 @@ class Node:
         with self.reactor.lock:
             self.reactor.call_later(0, self._heartbeat)
             self.reactor.call_later(TIDY_PERIOD_MS, self._tidy)
-        session.write_node_json(self.session_dir, {**self.ready(), "started": time.time()})
+        self._announce()
+
+    def _announce(self) -> None:
+        """Others find this node by what is in its session's folder."""
+        known = {"started": self._started, "cpus": self.info.resources.get("CPU", 0.0)}
+        session.write_node_json(self.session_dir, {**self.ready(), **known})
+
+    def _announce_again(self) -> None:
+        try:
+            self._announce()
+        except OSError as error:
+            log.error("node.json could not be written, so that it is not up to date: %s", error)
 
     def _hopeless(self) -> bool:
         """Whether every head has refused this node for what trying again does not change."""
@@ -269,7 +281,9 @@ class Node:
             log.warning("the connection to the GCS is lost; what runs here goes on")
 
     def _gcs_heads(self, endpoints: Sequence[str]) -> None:
-        self.info.gcs_endpoints = tuple(endpoints)  # which drivers and workers that come get
+        known, self.info.gcs_endpoints = self.info.gcs_endpoints, tuple(endpoints)  # who comes later gets these
+        if self._registered and set(known) != set(endpoints):
+            self._announce_again()
 
     def _head_failed(self, error: Exception) -> None:
         """This head has no part in the GCS any more."""
@@ -278,6 +292,7 @@ class Node:
         if isinstance(error, ReplicaRemovedError) and self._registered and self.hosting is not None:
             log.warning("%s; the node goes on", error)
             self.info.head = self.several = False
+            self._announce_again()
             self.reactor.call_later(0, self.hosting.close)
             return
         self._failure = str(error)

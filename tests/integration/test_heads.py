@@ -20,6 +20,7 @@ import ftray
 from ftray.cluster_utils import Cluster, ClusterError, NodeProcess, free_ports
 from ftray.gcs.state.commands import KvPut
 from ftray.gcs.state.tables import Code, Result
+from ftray.raylet.session import read_session
 from ftray.worker.core import get_core
 
 
@@ -212,6 +213,8 @@ def test_a_head_is_added_leads_and_is_removed(cluster: Cluster) -> None:
     assert len(answer["heads"]) == 3 and all(row["lag"] == 0 for row in answer["heads"])
     assert put("after the removal").ok
     assert head.process.poll() is None  # it goes on as a plain node
+    wait_until(lambda: not read_session(head.session_dir)["head"], what="the node is announced as none of the heads")
+    assert endpoint not in wait_until(lambda: read_session(cluster.nodes[0].session_dir))["gcs_endpoints"]
     cluster.remove_node(head)
 
 
