@@ -36,6 +36,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "stack": ("ftray.cli.stack", "Show where each driver and worker is."),
     "timeline": ("ftray.cli.timeline", "Write what ran when as a trace for Perfetto."),
     "logs": ("ftray.cli.logs", "Show what workers and nodes of this machine have printed."),
+    "sim": ("ftray.cli.sim", "Run heads and clients in virtual time under faults, and check them."),
     "microbenchmark": ("ftray.cli.microbenchmark", "Measure tasks, actors and objects on this machine."),
 }
 """Name -> (module, one line for the list of commands). The module has the command in `command`."""

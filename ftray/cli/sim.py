@@ -74,6 +74,7 @@ def command() -> None:
 @click.option("--heads", type=click.IntRange(1, 9), default=3, show_default=True, help="How many heads.")
 @click.option("--clients", type=click.IntRange(0, 100), default=10, show_default=True, help="How many clients.")
 @click.option("--seconds", type=click.FloatRange(0.1), default=6.0, show_default=True, help="How long faults happen.")
+@click.option("--small", is_flag=True, help="Small limits, so that there are many snapshots and messages.")
 @click.option("--twice", is_flag=True, help="Run each seed twice and compare the traces.")
 @click.option("--no-shrink", is_flag=True, help="Don't look for a smaller schedule that fails.")
 @click.option("--fail-fast", is_flag=True, help="Stop at the first failure.")
@@ -86,6 +87,7 @@ def run(
     heads: int,
     clients: int,
     seconds: float,
+    small: bool,
     twice: bool,
     no_shrink: bool,
     fail_fast: bool,
@@ -112,7 +114,7 @@ def run(
     if seed is not None and seeds is not None:
         raise click.UsageError("--seed and --seeds exclude each other")
     chosen = range(seed, seed + 1) if seed is not None else seeds if seeds is not None else range(20)
-    options = Options(heads=heads, clients=clients, faults=faults, seconds=seconds, only=only)
+    options = Options(heads=heads, clients=clients, faults=faults, seconds=seconds, small=small, only=only)
     progress = not as_json and sys.stderr.isatty()
     failed: list[Any] = []
     virtual_ms = cpu_s = 0.0

@@ -60,6 +60,8 @@ class Outcome:
             words.append(f"--seconds {options.seconds:g}")
         if options.faults != usual.faults:
             words.append(f"--faults {','.join(options.faults)}")
+        if options.small:
+            words.append("--small")
         if options.only is not None:
             words.append(f"--only {','.join(map(str, options.only)) or 'none'}")
         return " ".join(words)

@@ -50,6 +50,8 @@ CONVERGE_MS = 40_000.0
 STEP_MS = 20.0
 MATCH_EVERY = 25
 """Log matching is checked at each such step."""
+SMALL = (5, 1, 700)
+"""The limits of `World.tuning` with `Options.small`."""
 RESTART_MS = (50.0, 400.0)
 REPLACE_MS = (100.0, 400.0)
 
@@ -65,6 +67,8 @@ class Options:
     """How long faults happen."""
     pause_ms: float = 180.0
     """How long a client thinks between two operations, on average."""
+    small: bool = False
+    """All limits are small, so that there are many snapshots and messages."""
     only: tuple[int, ...] | None = None
     """Numbers of the faults that happen; None: all."""
 
@@ -88,6 +92,9 @@ class World:
             (library, "BATCH_BYTES"): rng.choice((1, 300, library.BATCH_BYTES)),
             (snapshots, "PART_BYTES"): rng.choice((700, snapshots.PART_BYTES)),
         }
+        if options.small:
+            compact_bytes = 4_000
+            self.tuning = {key: min(value, small) for (key, value), small in zip(self.tuning.items(), SMALL)}
         hooks = hooks_kind(Timing(), compact_bytes, self.checks)
         config = Config(heartbeat_timeout_ms=600_000, infeasible_timeout_ms=10**9)
         names = [f"tcp:head{number}:1" for number in range(options.heads)]

@@ -69,6 +69,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "ftray.cli": EVERYTHING,
     "ftray.demo": EVERYTHING,
     "ftray.perf": EVERYTHING,
+    "ftray.sim": (*CORE, "chaos.checkers"),
     "chaos": EVERYTHING,
     "chaos.checkers": (),
 }
