@@ -48,8 +48,6 @@ HEAD_BEAT_SHARE = 0.4
 CLUSTER_NAMESPACE = "ftray.cluster"
 _HOPELESS = ("cluster token", "protocol version", "another cluster")
 """What the handshake's errors say when it is not a matter of time."""
-_INCARNATION = 1
-"""A node draws its id when it starts, so each id lives once."""
 
 
 class _Idle:
@@ -115,6 +113,8 @@ class Node:
         self._parts.append(self.reactor.close)
         self.hosting: Hosting | None = None
         self._started = time.time()
+        self._incarnation = 1
+        """A node draws its id when it starts, so each id lives once; but for `_begin_anew`."""
         self._registered = self._registering = self._lost_gcs = False
         self._failure = ""
         if self.spec.head:
@@ -236,8 +236,8 @@ class Node:
             return
         self._registering = True
         command = RegisterNode(
-            info.node_id, self._registered_endpoint, info.resources, info.labels, _INCARNATION, os.uname().nodename,
-            os.getpid(),
+            info.node_id, self._registered_endpoint, info.resources, info.labels, self._incarnation,
+            os.uname().nodename, os.getpid(),
         )  # fmt: skip
         self.gcs.command(command, self._register_answered)
 
@@ -300,7 +300,19 @@ class Node:
         if self._registered:
             self.stop(f"its head has stopped: {error}")
 
+    def _begin_anew(self, reason: str) -> None:
+        """One of several heads must not go with its node, which was frozen for a while, say: that would cost the
+        cluster a vote. Whoever was served here is cut off, and the node joins as one that has just been started."""
+        log.warning("this node is fenced: %s; it begins anew, because it is a head", reason)
+        self._incarnation += 1
+        for client in list(self.raylet.clients.by_id.values()):
+            self.reactor.drop(client.link, f"the node was fenced: {reason}")
+        self._register()
+
     def _fenced(self, reason: str) -> None:
+        if self.several and self._registered and not self.stopping:
+            self._begin_anew(reason)
+            return
         self._failure = f"this node is fenced: {reason}"
         self.exit_code = 1
         self.stop(self._failure)
@@ -312,7 +324,8 @@ class Node:
         alone = self.info.head and not self.several
         period_ms = config.heartbeat_timeout_ms * HEAD_BEAT_SHARE if alone else config.heartbeat_period_ms
         self._said_available = self.raylet.leases.scheduler.available
-        self.gcs.send(GcsHeartbeat(self.info.node_id, self._said_available))
+        if not self._registering:
+            self.gcs.send(GcsHeartbeat(self.info.node_id, self._said_available))
         self._beat_due_ms = self.reactor.now_ms() + period_ms
         self._beat = self.reactor.call_later(period_ms, self._heartbeat)
 
@@ -367,7 +380,7 @@ class Node:
         cause = DeathCauseRecord(info.node_id.hex(), os.getpid(), what="node", reason=self.stopping)
         left: list[Result] = []
         with self.reactor.lock:
-            self.gcs.command(MarkNodeDead(info.node_id, _INCARNATION, cause), left.append)
+            self.gcs.command(MarkNodeDead(info.node_id, self._incarnation, cause), left.append)
             self.reactor.flush_dirty()
         self._pump(LEAVE_TIMEOUT_MS, lambda: bool(left))
 

@@ -170,6 +170,28 @@ def test_a_frozen_leader_is_left_by_its_clients(cluster: Cluster) -> None:
         writer.more()
 
 
+def test_a_head_that_was_frozen_for_long_stays_a_head(cluster: Cluster) -> None:
+    """Its node was declared dead meanwhile, and begins anew: a head that ended with it would cost a vote."""
+    index = (cluster.leader() + 1) % 3
+    head = cluster.heads[index]
+    assert head is not None
+
+    def node_is(alive: bool) -> bool:
+        return any(node["NodeID"] == head.node_id and node["Alive"] is alive for node in ftray.nodes())
+
+    os.kill(head.pid, signal.SIGSTOP)
+    try:
+        wait_until(lambda: node_is(False), what="the frozen head's node is declared dead")
+    finally:
+        os.kill(head.pid, signal.SIGCONT)
+    wait_until(lambda: node_is(True), what="it joins again")
+    leader = cluster.leader()
+    cluster.kill_head(leader)
+    assert put("with the head that was frozen").ok
+    assert head.process.poll() is None
+    cluster.restart_head(leader)
+
+
 def test_a_head_that_lost_its_disk_is_refused_and_replaced(cluster: Cluster) -> None:
     index = next(each for each in range(3) if each != cluster.leader())
     replica = cluster.ask_head(index)["replica"]
