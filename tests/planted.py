@@ -21,6 +21,7 @@ from ftray.gcs.raft.library import Engine
 from ftray.gcs.raft.log import RaftLog
 from ftray.gcs.raft.replica import RaftReplica
 from ftray.gcs.state import state as state_module
+from ftray.gcs.state.managers import ActorManager
 from ftray.gcs.state.sessions import Sessions
 from ftray.gcs.state.state import GcsState
 from ftray.gcs.watchers import WatchHub
@@ -231,6 +232,11 @@ def gaps_move_a_follower_forward(patch: Patch) -> None:
     patch.setattr(Engine, "on_ack", on_ack)
 
 
+def half_done_work_forgotten(patch: Patch) -> None:
+    """A raylet that comes to a new leader is not told anew what it is to start."""
+    patch.setattr(ActorManager, "on_node_report", lambda manager, state, node_id, hosted: None)
+
+
 def _options(*kinds: str, heads: int = 3, pause_ms: float = 180.0, small: bool = False) -> Options:
     return Options(heads=heads, faults=kinds, pause_ms=pause_ms, small=small)
 
@@ -250,5 +256,6 @@ PLANTED = (
     Planted(votes_for_any_log, _options("crash", "cut"), 20),
     Planted(new_journals_name_not_synced, _options("crash", "disk"), 30),
     Planted(flipped_bit_accepted, _options("disk"), 60),
+    Planted(half_done_work_forgotten, _options("crash", "cut"), 60),
     Planted(replayed_is_not_synced, _options(*KINDS), 400, first=143),
 )

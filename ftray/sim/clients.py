@@ -23,12 +23,13 @@ from ftray.gcs.state.tables import ActorRecord, Change, Code, KvRecord, Record, 
 from ftray.sim.engine import Simulation
 from ftray.sim.network import Network
 from ftray.sim.process import Process, SimReactor
+from ftray.sim.raylet import ROOM
 
 KEYS = (b"a", b"b", b"c", b"d")
 NAMES = ("one", "two")
 JOB, NODE, DRIVER = b"job1", b"n" * 16, b"d" * 16
 NEVER_ROOM = {"nowhere": 1.0}
-"""No node has it, so that actors stay as they are made."""
+"""No node has it, so that these actors stay as they are made."""
 
 
 
@@ -254,7 +255,8 @@ class NamesClient(_Recording):
         actor = self.rng.randbytes(16)
         self._invoke("create", name, actor.hex())
         command = c.RegisterActor(
-            actor, JOB, None, NODE, "Thing", name=name, namespace="sim", detached=True, resources=NEVER_ROOM
+            actor, JOB, None, NODE, "Thing", name=name, namespace="sim", detached=True,
+            resources=NEVER_ROOM if self.rng.random() < 0.3 else ROOM,
         )
         self.gcs.command(command, lambda result: self._created(name, actor, result))
 

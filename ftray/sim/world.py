@@ -3,7 +3,7 @@
 Role: shell around the simulation. What is production code in it: the Raft replica with its journal, log, elections,
 snapshots and members; the host with its links to other heads; the GCS server, its watches and managers; the GCS client;
 the state machine. What is simulated: sockets and their handshake, files, clocks, randomness, processes, the operator
-who replaces heads.
+who replaces heads, and a node that starts actors.
 
 Phases: the heads form a cluster; clients work while faults happen (safety); the faults end, and everything must be as
 it should within `CONVERGE_MS` (liveness); the final state is read and everything is checked.
@@ -44,6 +44,7 @@ from ftray.sim.faults import KINDS, LEADER, Fault, apply, schedule
 from ftray.sim.heads import Head, Hooks
 from ftray.sim.network import Network
 from ftray.sim.process import Process
+from ftray.sim.raylet import Raylet
 
 FORM_MS = 10_000.0
 CONVERGE_MS = 40_000.0
@@ -107,6 +108,7 @@ class World:
             )
             for number in range(options.clients)
         ]
+        self.raylet = Raylet(sim, self.network, "tcp:raylet:1", names, config, self.histories.problems)
         self.schedule: list[Fault] = schedule(
             sim.stream("faults"), options.faults, options.heads, options.clients, options.seconds * 1000.0
         )
@@ -173,6 +175,7 @@ class World:
             stuck = self._prepare()
             if stuck or self.problems:
                 return stuck
+            self.raylet.run()
             for client in self.clients:
                 client.run()
             begin_ms = self.sim.now_ms
@@ -196,7 +199,7 @@ class World:
     def errors(self) -> list[str]:
         """Exceptions that nobody expected."""
         found = []
-        for process in (*self.heads, *self.clients):
+        for process in (*self.heads, *self.clients, self.raylet):
             found += process.errors
             if process.reactor is not None:
                 found += [f"{process.name}: {error}" for error in process.reactor.handler_errors]
@@ -221,7 +224,7 @@ class World:
             self.sim.run(min(end_ms, self.sim.now_ms + STEP_MS), wrong)
             if problems or self.histories.problems or self.errors:
                 problems += self.histories.problems
-                self.histories.problems = []
+                self.histories.problems.clear()
                 return False
             if done is not None and done():
                 return True
@@ -286,6 +289,9 @@ class World:
             return f"clients wait for answers: {self.show()}"
         state = self.heads[0].replica.state if self.heads[0].replica is not None else None
         assert state is not None
+        stuck = self.raylet.unsettled(state)
+        if stuck:
+            return f"{stuck}: {self.show()}"
         for client in self.clients:
             if isinstance(client, WatchClient):
                 rows = {
@@ -349,7 +355,7 @@ class _Setter(Process):
 
     def boot(self, reactor: object) -> None:
         gcs = GcsClient(reactor, self._heads, b"setter")  # type: ignore[arg-type]
-        gcs.command(c.RegisterNode(NODE, "tcp:node:1", {"CPU": 1.0}, {}, 1, "node", 1), self._told)
+        gcs.command(c.RegisterNode(NODE, "tcp:node:1", {}, {}, 1, "node", 1), self._told)
         gcs.command(c.AddJob(JOB, DRIVER, 1, NODE, "sim", ""), self._told)
 
     def _told(self, result: object) -> None:
