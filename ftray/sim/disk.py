@@ -39,7 +39,7 @@ class _File:
         self.undo: list[tuple[int, bytes, int, bytes]] = []
         """Writes since the last sync: offset, what was there, the former size, what was written."""
         self.last_write = 0
-        """Where the last write began."""
+        """Where the last write began; 0 if that is not known. What is before it is old."""
 
     def write(self, data: bytes, offset: int) -> None:
         size = len(self.data)
@@ -52,10 +52,13 @@ class _File:
     def truncate(self, size: int) -> None:
         self.undo.append((size, bytes(self.data[size:]), len(self.data), b""))
         del self.data[size:]
+        self.last_write = 0
 
     def forget_unsynced(self, rng: random.Random) -> None:
         """What the machine's end leaves of it."""
         undo, self.undo = self.undo, []
+        if undo:
+            self.last_write = 0
         for offset, before, size, _ in reversed(undo):
             self.data[offset : offset + len(before)] = before
             if len(self.data) < size:
