@@ -46,4 +46,3 @@ def test_a_head_that_was_being_added_when_the_leader_fell_can_be_added_again() -
     table = (*MEMBERS, NEW)
     peers.on_hello("link", Hello(PEER_VERSION, CLUSTER, b"n" * 16, "c:1", 2, HEADS, table, 9, True, False))
     assert peers.guests() == [(b"n" * 16, "c:1")]
-    assert peers.sender("link") is None
