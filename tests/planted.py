@@ -257,5 +257,5 @@ PLANTED = (
     Planted(new_journals_name_not_synced, _options("crash", "disk"), 30),
     Planted(flipped_bit_accepted, _options("disk"), 60),
     Planted(half_done_work_forgotten, _options("crash", "cut"), 60),
-    Planted(replayed_is_not_synced, _options(*KINDS), 400, first=143),
+    Planted(replayed_is_not_synced, _options(*KINDS), 400, first=165),
 )
