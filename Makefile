@@ -3,6 +3,7 @@
 
 VENV ?= .venv
 PYTEST_ARGS ?=
+SIM_ARGS ?= --seeds 0..999
 BENCH_ARGS ?= --against ray --write docs/benchmarks.md
 
 PIP_INSTALL := -m pip --disable-pip-version-check install --quiet
@@ -11,7 +12,7 @@ DEV := $(VENV)/.installed-dev
 LOWER := .venv-lower
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench test-all test-lower-bounds clean
+.PHONY: help demo test lint sim bench test-all test-lower-bounds clean
 # A recipe that fails half-way leaves no stamp that looks finished.
 .DELETE_ON_ERROR:
 # Two targets asked for at once would make the same environment at the same time.
@@ -30,6 +31,9 @@ lint: $(DEV) ## ruff, mypy --strict, and the rules of who may import whom
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy --strict ftray chaos
 	$(VENV)/bin/python -m pytest -q tests/unit/test_layers.py
+
+sim: $(RUNTIME) ## a longer search in the simulator (SIM_ARGS='--seeds 0..999 --heads 5')
+	$(VENV)/bin/ftray sim run $(SIM_ARGS)
 
 bench: $(RUNTIME) ## the microbenchmark, on Ray too; writes docs/benchmarks.md (BENCH_ARGS= for ours alone)
 	@$(VENV)/bin/python $(COMPILE)

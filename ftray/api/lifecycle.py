@@ -80,8 +80,9 @@ def init(
     """Starts a session, or joins a cluster.
 
     Without `address` (and without FTRAY_ADDRESS) a node is started on this machine for this program alone; it ends with
-    the program. "auto" joins the newest node that `ftray start` has started here, "host:port" the node here that
-    belongs to that cluster, "local" starts a new node whatever the environment says.
+    the program. "auto" joins the newest node that `ftray start` has started here, "host:port" (of several heads
+    "host:port,host:port") the node here that belongs to that cluster, "local" starts a new node whatever the
+    environment says.
 
     `num_cpus` (default: the CPUs this process may use), `num_gpus`, `memory` (bytes) and `resources` say what the new
     node offers; `object_store_memory` is the size of its store in bytes. `log_to_driver=False` keeps worker output in
@@ -239,18 +240,23 @@ def _find(address: str) -> dict[str, Any]:
     root = os.environ.get("FTRAY_SESSION_ROOT") or default_root()
     sessions = [each for each in find_sessions(root) if any(e.startswith("tcp:") for e in each["gcs_endpoints"])]
     if address != "auto":
-        host, _, port = address.removeprefix("ftray://").rpartition(":")
-        if not host or not port.isdigit():
-            raise ValueError(f"address must be 'auto', 'local' or 'host:port', not {address!r}")
-        wanted = f"tcp:{host}:{port}"
-        sessions = [each for each in sessions if wanted in each.get("gcs_endpoints", ())]
+        wanted = set()
+        for part in address.removeprefix("ftray://").split(","):
+            host, _, port = part.strip().rpartition(":")
+            if not host or not port.isdigit():
+                raise ValueError(f"address must be 'auto', 'local' or 'host:port' (of each head), not {address!r}")
+            wanted.add(f"tcp:{host}:{port}")
+        sessions = [each for each in sessions if wanted & set(each.get("gcs_endpoints", ()))]
     if not sessions:
         raise ClusterNotFoundError(
             f"no node of {'a cluster' if address == 'auto' else 'the cluster at ' + address} runs on this machine: "
             "start one with `ftray start --head` (or `ftray start --address HOST:PORT`), or call ftray.init() "
             "without an address"
         )
-    info = dict(sessions[0])
+    cluster = [each for each in sessions if each.get("cluster_id") == sessions[0].get("cluster_id")]
+    # A head need not offer anything to run on.
+    cluster.sort(key=lambda each: (not each.get("cpus", 1), bool(each.get("head"))))
+    info = dict(cluster[0])
     token = os.environ.get("FTRAY_TOKEN")
     if token:
         info["token"] = token

@@ -30,11 +30,13 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "start": ("ftray.cli.start", "Start a node on this machine: the head of a new cluster, or one that joins."),
     "stop": ("ftray.cli.stop", "Stop the nodes that were started on this machine."),
     "status": ("ftray.cli.status", "Show the nodes, resources, jobs and actors of the cluster."),
+    "heads": ("ftray.cli.heads", "Show, add, remove or replace the heads of a cluster with several."),
     "list": ("ftray.cli.listing", "List pending tasks, workers, actors, nodes or objects."),
     "memory": ("ftray.cli.memory", "Show what objects hold in memory and on disk, and why."),
     "stack": ("ftray.cli.stack", "Show where each driver and worker is."),
     "timeline": ("ftray.cli.timeline", "Write what ran when as a trace for Perfetto."),
     "logs": ("ftray.cli.logs", "Show what workers and nodes of this machine have printed."),
+    "sim": ("ftray.cli.sim", "Run heads and clients in virtual time under faults, and check them."),
     "microbenchmark": ("ftray.cli.microbenchmark", "Measure tasks, actors and objects on this machine."),
 }
 """Name -> (module, one line for the list of commands). The module has the command in `command`."""

@@ -18,11 +18,24 @@ from ftray.cli.output import FAILED, Failure, finish, report
 from ftray.raylet.session import default_root, find_sessions
 
 DEFAULT_PORT = 6380
+DEFAULT_HOST = "127.0.0.1"
+HEADS_JOURNAL = "heads.journal"
+"""As in `gcs/raft_host.py`, which would be slow to import."""
 
 
 @click.command("start")
 @click.option("--head", is_flag=True, help="Start a new cluster, with this node as its head.")
 @click.option("--address", metavar="HOST:PORT[,..]", help="Join the cluster whose head (or heads) listen there.")
+@click.option(
+    "--heads",
+    metavar="HOST:PORT[,..]",
+    help="With --head: all heads of the cluster, the same list for each; --host and --port say which one this is.",
+)
+@click.option(
+    "--gcs-dir",
+    type=click.Path(file_okay=False),
+    help="With --head: where the cluster's state is kept. A head that starts there again goes on where it was.",
+)
 @click.option(
     "--port",
     type=click.IntRange(0, 65535),
@@ -30,9 +43,8 @@ DEFAULT_PORT = 6380
 )
 @click.option(
     "--host",
-    default="127.0.0.1",
-    show_default=True,
-    help="Address this node listens on. The default is reachable from this machine alone; 0.0.0.0 from everywhere.",
+    help="Address this node listens on. The default is reachable from this machine alone; 0.0.0.0 from everywhere.  "
+    f"[default: {DEFAULT_HOST}, or what --heads says]",
 )
 @click.option("--num-cpus", type=Amount(), help="CPUs to offer.  [default: all of this machine]")
 @click.option("--num-gpus", type=Amount(), help="GPUs to offer.  [default: those found]")
@@ -50,12 +62,17 @@ def command(**options: Any) -> None:
     a token. The head makes one, unless FTRAY_TOKEN is set, and writes it to a file that is yours alone; every other
     machine gets it in FTRAY_TOKEN. On the head's own machine it is found without.
 
+    A cluster with several heads (three, or five) outlives the loss of one (two). Each is started with the same list
+    and the same FTRAY_TOKEN, and is ready when a majority runs. A head for a cluster that runs already is started with
+    --head --address, and then added with `ftray heads add`.
+
     \b
     Examples:
       ftray start --head                                   # on this machine, for this machine
       ftray start --head --host 0.0.0.0 --num-cpus 8       # for other machines to join
       FTRAY_TOKEN=... ftray start --address 10.0.0.5:6380  # on another machine
       ftray start --head --port 0 --json                   # for scripts
+      ftray start --head --heads a:6380,b:6380,c:6380 --host a --gcs-dir /var/lib/ftray   # on machine a
 
     \b
     Exit codes:
@@ -72,24 +89,26 @@ def command(**options: Any) -> None:
 
 
 def _spec(options: dict[str, Any]) -> dict[str, Any]:
-    head, address = options["head"], options["address"]
-    if head == bool(address):
-        raise click.UsageError(
-            "say either --head (a new cluster) or --address HOST:PORT (join one)"
-            + (", not both" if head else "")
-        )
+    head, address, heads = options["head"], options["address"], options["heads"]
+    if not head and not address:
+        raise click.UsageError("say either --head (a new cluster) or --address HOST:PORT (join one)")
     if not head and options["port"] is not None:
         raise click.UsageError("--port is the head's: a node that joins takes any free one")
-    if address:
-        try:
-            address = ",".join(addresses(address))
-        except ValueError as error:
-            raise click.BadParameter(str(error), param_hint="--address") from None
+    if not head and (heads or options["gcs_dir"]):
+        raise click.UsageError("--heads and --gcs-dir are for heads: add --head")
+    if address and heads:
+        raise click.UsageError("say either --heads (a new cluster) or --address (a new head for one that runs)")
+    if head and address and not options["port"]:
+        raise click.UsageError(
+            "say either --head (a new cluster) or --address (join one), not both; or, for a new head of the cluster at "
+            "--address, with --host and --port where the other heads reach it"
+        )
+    address = _addresses(address, "--address")
+    listed = _addresses(heads, "--heads")
     return {
+        **_head_spec(options, listed, address),
         "head": head,
-        "address": address or "",
-        "host": options["host"],
-        "port": (DEFAULT_PORT if options["port"] is None else options["port"]) if head else 0,
+        "address": "" if head else ",".join(address),
         "num_cpus": options["num_cpus"],
         "num_gpus": options["num_gpus"],
         "memory": options["memory"],
@@ -101,12 +120,73 @@ def _spec(options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _addresses(text: str | None, option: str) -> list[str]:
+    try:
+        return addresses(text) if text else []
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint=option) from None
+
+
+def _head_spec(options: dict[str, Any], heads: list[str], address: list[str]) -> dict[str, Any]:
+    """Where this node listens, and which of several heads it is."""
+    host, port = options["host"], options["port"]
+    if not options["head"]:
+        return {"host": host or DEFAULT_HOST, "port": 0}
+    directory = os.path.abspath(options["gcs_dir"]) if options["gcs_dir"] else None
+    # A head that goes on with its directory needs no list.
+    again = directory is not None and os.path.exists(os.path.join(directory, HEADS_JOURNAL))
+    if not heads and not address and not again:
+        return {
+            "host": host or DEFAULT_HOST,
+            "port": DEFAULT_PORT if port is None else port,
+            **({"gcs_dir": directory} if directory is not None else {}),
+        }
+    if heads:
+        mine = _which_one(heads, host, port)
+    else:
+        mine = f"tcp:{host or DEFAULT_HOST}:{DEFAULT_PORT if port is None else port}"
+    own_host, _, own_port = mine.removeprefix("tcp:").rpartition(":")
+    if directory is None:
+        root = os.path.abspath(options["session_root"] or default_root())
+        directory = os.path.join(root, f"gcs-{own_host}-{own_port}")
+    return {
+        "host": host or own_host,
+        "port": int(own_port),
+        "heads": heads or address,
+        "head_endpoint": mine,
+        "join": bool(address),
+        "gcs_dir": directory,
+    }
+
+
+def _which_one(heads: list[str], host: str | None, port: int | None) -> str:
+    """The one of the heads that is started here."""
+    if len(set(heads)) != len(heads):
+        raise click.BadParameter("the same head is named twice", param_hint="--heads")
+    found = [
+        head
+        for head in heads
+        if host in (None, "0.0.0.0", "::", head.removeprefix("tcp:").rpartition(":")[0])
+        and port in (None, int(head.rpartition(":")[2]))
+    ]
+    if len(found) != 1:
+        said = "--host and --port name" if host or port is not None else "nothing names"
+        named = ", ".join(head.removeprefix("tcp:") for head in heads)
+        raise click.UsageError(
+            f"{said} {'more than one of' if len(found) > 1 else 'none of'} the heads ({named}): say with --host, "
+            "--port or both which of them this one is"
+        )
+    return found[0]
+
+
 def _start(spec: dict[str, Any]) -> tuple[subprocess.Popen[bytes], dict[str, Any]]:
     from ftray.cli import launch
 
     if spec["head"]:
         if spec["port"]:
             launch.check_port_free(spec["host"], spec["port"])
+        if spec.get("gcs_dir"):
+            spec["token"] = _token_for(spec).hex()
     else:
         spec["token"] = _token_for(spec).hex()
         launch.check_heads(spec["address"].split(","), bytes.fromhex(spec["token"]))
@@ -133,7 +213,7 @@ def _token_for(spec: dict[str, Any]) -> bytes:
     """The token of the cluster to join: FTRAY_TOKEN, or that of a node of it that runs here."""
     text = os.environ.get("FTRAY_TOKEN", "").strip()
     if not text:
-        wanted = set(spec["address"].split(","))
+        wanted = set(spec["address"].split(",")) | set(spec.get("heads", ()))
         for session in find_sessions(spec["session_root"]):
             if wanted & set(session.get("gcs_endpoints", ())):
                 text = session["token"]
@@ -141,6 +221,12 @@ def _token_for(spec: dict[str, Any]) -> bytes:
         else:
             from ftray.cli.launch import TOKEN_REMEDY
 
+            if spec["head"]:
+                raise Failure(
+                    "a head that keeps its state, or that is one of several, needs the cluster's token",
+                    "set FTRAY_TOKEN to the same for all heads, always. To make one: "
+                    "python -c 'import secrets; print(secrets.token_hex(32))'",
+                )
             raise Failure("joining a cluster needs its token, and no node of it runs on this machine", TOKEN_REMEDY)
     try:
         return bytes.fromhex(text)

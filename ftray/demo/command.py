@@ -1,6 +1,7 @@
 """The demo's command line: runs the job with and against the killer, then checks it.
 
-Role: shell. The session is one of its own, whatever FTRAY_ADDRESS says: the demo kills nothing that it did not start.
+Role: shell. The cluster is one of its own, three heads and a node, whatever FTRAY_ADDRESS says: the demo kills nothing
+that it did not start.
 The check is a plain loop over the same files after the session has ended, so that neither disturbs the other.
 """
 
@@ -23,8 +24,10 @@ from rich.console import Console
 
 import ftray
 from ftray.api.context import ask_raylet
+from ftray.cluster_utils import Cluster
 from ftray.demo import job
 from ftray.demo.counting import Counts, chunks, differences
+from ftray.demo.heads import LeaderKiller
 from ftray.demo.killer import Killer, schedule
 from ftray.demo.report import Display, Outcome, killed_line, recovery_line, tables
 from ftray.demo.trace import History, TraceReader
@@ -33,6 +36,8 @@ KILL_PERIOD_MS = 600.0
 CHUNK_BYTES = 300_000
 WATCH_PERIOD_S = 0.005
 TOP_ROWS = 12
+HEADS = 3
+STORE_BYTES = 256 << 20
 INTERRUPTED = 130
 """The exit code after Ctrl-C, as shells have it."""
 
@@ -104,7 +109,11 @@ def run(display: Display, kills: int | None, seed: int, cpus: int, file_count: i
         f"{platform.python_version()}, on {cpus} CPUs, " + kills_text(kills) + f" (seed {seed})."
     )
     started = time.perf_counter()
-    with ftray.init(address="local", num_cpus=cpus), tempfile.TemporaryDirectory(prefix="ftray-demo-") as folder:
+    with (
+        Cluster(heads=HEADS, nodes=1, num_cpus=cpus, object_store_bytes=STORE_BYTES) as cluster,
+        tempfile.TemporaryDirectory(prefix="ftray-demo-") as folder,
+    ):
+        cluster.connect()
         outcome = Outcome(
             cpus=cpus,
             seed=seed,
@@ -113,7 +122,7 @@ def run(display: Display, kills: int | None, seed: int, cpus: int, file_count: i
             tasks=job.tasks_in(len(groups)),
             start_s=time.perf_counter() - started,
         )
-        run_job(display, outcome, kills, groups, os.path.join(folder, "trace"))
+        run_job(display, outcome, kills, groups, os.path.join(folder, "trace"), cluster)
     started = time.perf_counter()
     expected = count_plainly(display, [path for path, _ in files])
     outcome.check_s = time.perf_counter() - started
@@ -129,12 +138,18 @@ def kills_text(kills: int | None) -> str:
 
 
 def run_job(
-    display: Display, outcome: Outcome, kills: int | None, groups: Sequence[Sequence[str]], trace: str
+    display: Display,
+    outcome: Outcome,
+    kills: int | None,
+    groups: Sequence[Sequence[str]],
+    trace: str,
+    cluster: Cluster,
 ) -> None:
     """Runs the job under watch; fills in the outcome."""
     history = History()
     reader = TraceReader(trace, history)
     rng = random.Random(outcome.seed)
+    leaders = LeaderKiller(cluster, lambda kill: display.say(recovery_line(kill)))
     killer = Killer(
         plan=schedule(rng, kills, KILL_PERIOD_MS),
         rng=rng,
@@ -142,6 +157,7 @@ def run_job(
         status=lambda: ask_raylet("status"),
         on_kill=lambda kill: display.say(killed_line(kill, len(killer.kills))),
         on_recovery=lambda kill: display.say(recovery_line(kill)),
+        kill_leader=leaders,
     )
     outcome.kills = killer.kills
 
@@ -159,6 +175,9 @@ def run_job(
     killer.look()
     display.update(len(history.ended - {job.GATHERER}))
     display.stop()
+    leaders.wait()
+    for why in leaders.failed:
+        display.say(f"a killed head did not come back: {why}")
     outcome.attempts = history.attempts()
     outcome.run_again = history.repeated() - history.repeated(job.GATHER_PREFIX) - history.repeated(job.GATHERER)
     outcome.sent_again = history.repeated(job.GATHER_PREFIX)

@@ -25,6 +25,7 @@ from ftray.exceptions import FtrayError
 
 WORKER = "worker"
 GATHERER = "gatherer"
+LEADER = "leader"
 
 
 @dataclass(slots=True)
@@ -32,7 +33,7 @@ class Kill:
     """One SIGKILL that was sent."""
 
     victim: str
-    """WORKER or GATHERER."""
+    """WORKER, GATHERER or LEADER (of the heads)."""
     pid: int
     at_ms: float
     """On the clock of the trace."""
@@ -44,16 +45,19 @@ class Kill:
 def schedule(rng: random.Random, kills: int | None, period_ms: float) -> Iterator[tuple[float, str]]:
     """When to kill (since the start) and whom: one in each period, `kills` in all, without end for None.
 
-    The third and the sixth go to the gatherer, all others to workers.
+    The second and every fifth after it go to the leading head, the third and the sixth to the gatherer, all others to
+    workers.
     """
     for number in itertools.count() if kills is None else range(kills):
-        yield (number + rng.uniform(0.2, 0.8)) * period_ms, GATHERER if number in (2, 5) else WORKER
+        victim = LEADER if number % 5 == 1 else GATHERER if number in (2, 5) else WORKER
+        yield (number + rng.uniform(0.2, 0.8)) * period_ms, victim
 
 
 class Killer:
     """`step` is called every few milliseconds while the job runs, after the trace has been read.
 
-    `status` asks the node for its status; `on_kill` and `on_recovery` are told what happens.
+    `status` asks the node for its status; `on_kill` and `on_recovery` are told what happens. `kill_leader` kills the
+    leading head, and sees to its recovery itself.
     """
 
     def __init__(
@@ -64,7 +68,9 @@ class Killer:
         status: Callable[[], Any],
         on_kill: Callable[[Kill], None],
         on_recovery: Callable[[Kill], None],
+        kill_leader: Callable[[], Kill | None] = lambda: None,
     ) -> None:
+        self._kill_leader = kill_leader
         self.kills: list[Kill] = []
         self._plan = plan
         self._next = next(plan, None)
@@ -86,7 +92,7 @@ class Killer:
     def look(self) -> None:
         """Looks which of the interrupted tasks have begun again."""
         for kill in self.kills:
-            if kill.recovery_ms is None:
+            if kill.recovery_ms is None and kill.victim != LEADER:
                 task = CONSTRUCTOR
                 if kill.victim == WORKER:
                     kill.task = self._history.running().get(kill.pid, "")  # it may have ended just before
@@ -104,6 +110,12 @@ class Killer:
 
     def _kill(self, victim: str) -> bool:
         """False if there is no fitting victim at the moment."""
+        if victim == LEADER:
+            killed = self._kill_leader()
+            if killed is not None:
+                self.kills.append(killed)
+                self._on_kill(killed)
+            return killed is not None
         running = self._history.running()
         if victim == WORKER and not running:
             return False
@@ -117,8 +129,8 @@ class Killer:
             candidates = [pid for pid in actors if pid in alive and running.get(pid) != CONSTRUCTOR]
         else:
             candidates = [row["pid"] for row in workers if row["pid"] in running and row["pid"] not in actors]
-        killed = {kill.pid for kill in self.kills}
-        candidates = [pid for pid in candidates if pid not in killed]
+        before = {kill.pid for kill in self.kills}
+        candidates = [pid for pid in candidates if pid not in before]
         if not candidates:
             return False
         pid = self._rng.choice(sorted(candidates))

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ftray.demo.counting import Counts, top
-from ftray.demo.killer import WORKER, Kill
+from ftray.demo.killer import GATHERER, LEADER, WORKER, Kill
 
 PLAIN_STEP = 0.1
 """Without a terminal, progress is a line for each such part of the whole."""
@@ -64,14 +64,18 @@ class Display:
 
 def killed_line(kill: Kill, number: int) -> str:
     """What is said at a kill."""
-    who = "a worker" if kill.victim == WORKER else "the gatherer"
+    who = {WORKER: "a worker", LEADER: "the leading head"}.get(kill.victim, "the gatherer")
     doing = f" in the middle of {kill.task}" if kill.victim == WORKER and kill.task else ""
     return f"[red]SIGKILL[/] {number} to {who} (pid {kill.pid}){doing}"
 
 
 def recovery_line(kill: Kill) -> str:
     """What is said when the victim's work goes on."""
-    what = f"{kill.task} began again" if kill.victim == WORKER else "the gatherer was restarted"
+    what = "the gatherer was restarted"
+    if kill.victim == WORKER:
+        what = f"{kill.task} began again"
+    elif kill.victim == LEADER:
+        what = "the next head answered a write"
     return f"[green]  recovered[/] from pid {kill.pid}: {what} after {kill.recovery_ms:.1f} ms"
 
 
@@ -169,5 +173,5 @@ def run_rows(outcome: Outcome) -> list[tuple[str, str]]:
 
 
 def _by_victim(victims: Sequence[str]) -> str:
-    workers = victims.count(WORKER)
-    return f"{len(victims)}: {workers} to busy workers, {len(victims) - workers} to the gatherer"
+    workers, gatherer, leaders = (victims.count(each) for each in (WORKER, GATHERER, LEADER))
+    return f"{len(victims)}: {workers} to busy workers, {gatherer} to the gatherer, {leaders} to the leading head"

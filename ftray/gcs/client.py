@@ -7,6 +7,8 @@ Rules
 - Everything here is called, and calls back, under `reactor.lock`. Whoever calls from outside a reactor batch flushes.
 - One command is in flight; the others wait in order. A command is retried with its sequence number until it has a
   result, so it takes effect once (`gcs/state/sessions.py`). Reads overtake commands that wait.
+- Of several heads one serves; the others name it, or say that they know none. A head that is silent for
+  `SILENCE_MS` is left: a frozen process keeps its connections. All that waits is asked again at the next.
 - A watcher is told the present state first, then each change. After a reconnection it may be told again what it knows
   already: what it is told is always the newest state of a record, never a difference.
 - A callback that raises is logged; it costs nobody else anything.
@@ -27,6 +29,7 @@ from ftray.gcs.codec import code_of, decode_changes, decode_result
 from ftray.gcs.state.commands import AnyCommand, encode_command
 from ftray.gcs.state.tables import Change, Code, Record, Result, Table
 from ftray.wire.handshake import ROLE_GCS
+from ftray.wire.head_messages import GcsHeads, GcsNoLeader, GcsPing
 from ftray.wire.messages import GcsChanges, GcsCommand, GcsHello, GcsRead, GcsResult, GcsWatch, Message
 from ftray.wire.reactor import Link, Reactor, Timer
 
@@ -34,6 +37,14 @@ log = logging.getLogger("ftray.gcs")
 
 RECONNECT_FIRST_MS = 5.0
 RECONNECT_MAX_MS = 500.0
+RECONNECT_OF_SEVERAL_MAX_MS = 50.0
+NO_LEADER_MS = 200.0
+"""So long a client waits at a head that knows no leader, before it looks whether another does."""
+SILENCE_MS = 150.0
+"""Of several heads: who has not answered a ping, or a handshake, after this time is given up."""
+SILENCE_MAX_MS = 2_400.0
+IDLE_PINGS = 4
+"""A client that waits for nothing pings so many times less often."""
 REPEAT_MS = 200.0
 """A command that could not be made durable (a full disk, say) is repeated after this time,"""
 REPEATS_MAX = 25
@@ -75,9 +86,10 @@ class GcsClient:
     """
 
     __slots__ = (
-        "_attempts", "_closed", "_commands", "_keyed", "_known", "_link", "_next", "_open", "_reads", "_repeats",
-        "_request", "_sent_request", "_sequence", "_timer", "_whole", "client_id", "endpoints", "failures", "node_id",
-        "on_connected", "on_other", "reactor", "revision",
+        "_alive", "_attempts", "_closed", "_commands", "_failed_ms", "_idle", "_keyed", "_known", "_link", "_next",
+        "_open", "_patience", "_reads", "_repeats", "_request", "_sent_request", "_sequence", "_silences", "_timer",
+        "_whole", "client_id", "endpoints", "failures", "node_id", "on_connected", "on_heads", "on_other", "reactor",
+        "revision", "several",
     )  # fmt: skip
 
     def __init__(
@@ -97,12 +109,27 @@ class GcsClient:
         self.node_id = node_id
         self.on_other = on_other
         self.on_connected = on_connected
+        self.on_heads: Callable[[Sequence[str]], None] | None = None
+        """Told the endpoints of all heads, if there are several, the serving one first."""
         self.failures: dict[str, str] = {}
         """Why each endpoint that was tried in vain did not answer, since the last answer of any."""
         self.revision = -1
         """The watches are told all up to this revision."""
+        self.several = False
+        """There are several heads, as one of them has said."""
         self._link: Link | None = None
         self._open = False
+        self._alive = False
+        """Something has come over the link since the last ping."""
+        self._patience: Timer | None = None
+        """When to ask whether this head is still there, or to try another one."""
+        self._idle = False
+        """Nothing waits for an answer, so pings are rare."""
+        self._silences = 0
+        """Heads that were given up since one has said something: a silence is borne longer when all were tried, in case
+        that it is this process that is slow."""
+        self._failed_ms: dict[str, float] = {}
+        """When each endpoint was found silent last."""
         self._closed = False
         self._next = 0
         """Index of the endpoint to try next."""
@@ -230,6 +257,7 @@ class GcsClient:
         self._closed = True
         if self._timer is not None:
             self._timer.cancel()
+        self._be_patient(0.0, None)
         link, self._link, self._open = self._link, None, False
         if link is not None:
             link.close("the client is closed")
@@ -251,6 +279,7 @@ class GcsClient:
             self._reads[message.request] = read
             if self._ready():
                 self._link_send(message)
+                self._wait_for_answer()
         return message.request
 
     def _refuse_closed(self, answer: OnError) -> bool:
@@ -277,6 +306,7 @@ class GcsClient:
             self._request += 1
             self._sent_request = self._request
             self._link_send(GcsCommand(self._request, self._sequence), self._commands[0][0])
+            self._wait_for_answer()
 
     # --- the connection ----------------------------------------------------------------------------------------------
 
@@ -289,10 +319,47 @@ class GcsClient:
             self._lost(endpoint, str(error))
             return
         self._link.peer = endpoint
+        self.several = self.several or sum(each.startswith("tcp:") for each in self.endpoints) > 1
+        if self.several:
+            self._be_patient(self._silence_ms, self._give_up)
+
+    def _be_patient(self, delay_ms: float, then: Callable[[], None] | None) -> None:
+        if self._patience is not None:
+            self._patience.cancel()
+        self._patience = self.reactor.call_later(delay_ms, then) if then is not None else None
+
+    def _give_up(self) -> None:
+        """The head at the other end of the link says nothing."""
+        link, silence_ms = self._link, self._silence_ms
+        if link is not None:
+            self._failed_ms[link.peer] = self.reactor.now_ms()
+            self._silences += 1
+            self.reactor.drop(link, f"it has said nothing for {silence_ms:.0f} ms")
+
+    @property
+    def _silence_ms(self) -> float:
+        return min(SILENCE_MS * 2.0 ** min(self._silences // len(self.endpoints), 9), SILENCE_MAX_MS)
+
+    def _ping(self) -> None:
+        if not self._alive:
+            self._give_up()
+            return
+        self._alive = False
+        self._link_send(GcsPing())
+        self._idle = not (self.node_id or self._commands or self._reads)
+        self._be_patient(self._silence_ms * (IDLE_PINGS if self._idle else 1), self._ping)
+
+    def _wait_for_answer(self) -> None:
+        """Something was asked: a silence is noticed sooner from now on."""
+        if self._idle:
+            self._idle = False
+            self._be_patient(self._silence_ms, self._ping)
 
     def _opened(self, link: Link) -> None:
-        self._open = True
+        self._open = self._alive = True
         link.send(GcsHello(self.client_id, self.node_id))
+        if self.several:
+            self._ping()
         self._watch_again(link)
         for read in self._reads.values():
             link.send(read.message)
@@ -313,8 +380,10 @@ class GcsClient:
             for table, some in keys.items():
                 link.send(GcsWatch((table.value,), since, tuple(some)))
 
-    def _lost(self, endpoint: str, reason: str) -> None:
+    def _lost(self, endpoint: str, reason: str, hint: str = "") -> None:
         self.failures[endpoint] = reason
+        self._idle = False
+        self._be_patient(0.0, None)
         was_open, self._open, self._link = self._open, False, None
         self._sent_request = 0
         if was_open and self.on_connected is not None:
@@ -324,7 +393,12 @@ class GcsClient:
         self._next += 1
         rounds, position = divmod(self._attempts, len(self.endpoints))
         self._attempts += 1
-        delay_ms = 0.0 if position else min(RECONNECT_FIRST_MS * 2 ** min(rounds, 20), RECONNECT_MAX_MS)
+        longest_ms = RECONNECT_OF_SEVERAL_MAX_MS if self.several else RECONNECT_MAX_MS
+        delay_ms = 0.0 if position else min(RECONNECT_FIRST_MS * 2 ** min(rounds, 20), longest_ms)
+        if hint and self.reactor.now_ms() - self._failed_ms.get(hint, -1e9) < 4 * SILENCE_MS:
+            delay_ms = RECONNECT_FIRST_MS  # a frozen leader is named until the others have noticed
+        elif hint:
+            self._next = self.endpoints.index(hint)
         if self.node_id or self._commands or self._reads or self._whole or self._keyed:
             self._timer = self.reactor.call_later(delay_ms, self._connect)
 
@@ -333,9 +407,32 @@ class GcsClient:
         link.close("it does not lead")
         if hint and hint not in self.endpoints:
             self.endpoints.append(hint)
-        self._lost(link.peer, f"it does not lead (it names {hint or 'nobody'})")
-        if hint:
-            self._next = self.endpoints.index(hint)
+        self._lost(link.peer, f"it does not lead (it names {hint or 'nobody'})", hint)
+
+    def _no_leader(self, link: Link, reason: str) -> None:
+        """This one knows no leader, and will say when it does; perhaps another one knows."""
+        self.several, self._idle = True, False
+        self.failures[link.peer] = reason
+
+        def next_one() -> None:
+            if link is self._link and not link.closed:
+                link.close("it knows no leader")
+                self._lost(link.peer, reason)
+
+        self._be_patient(NO_LEADER_MS, next_one)
+
+    def _on_heads(self, link: Link, endpoints: Sequence[str]) -> None:
+        """This one leads, and these are all heads."""
+        if endpoints:
+            at = link.peer
+            self.endpoints[:] = [at, *(each for each in endpoints if each != at)] if at in endpoints else [*endpoints]
+            self._next = 0
+            if self.on_heads is not None:
+                self._call(self.on_heads, self.endpoints)
+        self._answered()
+        if not self.several:
+            self.several = True
+            self._ping()
 
     def on_closed(self, link: Link, reason: str) -> None:
         if link is self._link:
@@ -344,11 +441,19 @@ class GcsClient:
     # --- answers -----------------------------------------------------------------------------------------------------
 
     def on_message(self, link: Link, message: Message, payload: bytes | bytearray) -> None:
+        self._alive = True
+        self._silences = 0
         if type(message) is GcsResult:
             self._on_result(link, message, payload)
         elif type(message) is GcsChanges:
             self._answered()
             self._on_changes(message, payload)
+        elif type(message) is GcsPing:
+            pass
+        elif type(message) is GcsHeads:
+            self._on_heads(link, message.endpoints)
+        elif type(message) is GcsNoLeader:
+            self._no_leader(link, message.reason)
         elif self.on_other is not None:
             try:
                 self.on_other(message, payload)

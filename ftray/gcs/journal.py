@@ -1,7 +1,7 @@
 """The journal: an append-only file of checksummed records that a replica reads back when it starts.
 
-Role: shell (files only; their bytes are `journal_format.py`). `append` collects records, `sync` writes them as one
-**frame** and makes it durable; when `sync` has returned, `replay` gives them back after any crash.
+Role: shell (files only, through `files.py`; their bytes are `journal_format.py`). `append` collects records, `sync`
+writes them as one **frame** and makes it durable; when `sync` has returned, `replay` gives them back after any crash.
 
 Rules
 - A frame is written only when all frames before it are durable. So a bad frame with a good one after it was
@@ -21,13 +21,13 @@ rename is easier to make safe than a set of files).
 
 from __future__ import annotations
 
-import fcntl
 import os
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
+from ftray.gcs.files import OS_FILES, Files
 from ftray.gcs.journal_format import (
     CLUSTER_ID_BYTES,
     FRAME_HEAD_BYTES,
@@ -53,7 +53,6 @@ from ftray.gcs.state.errors import (
     JournalCorruptError,
     JournalFailedError,
     JournalIdentityError,
-    JournalLockedError,
     JournalVersionError,
     JournalWriteError,
 )
@@ -76,14 +75,19 @@ class _File(NamedTuple):
 class Journal:
     """One replica's journal. Open it with `Journal.open`, exhaust `replay`, then `append` and `sync`."""
 
-    __slots__ = ("cluster_id", "replica_id", "note", "path", "_buffer", "_buffer_bytes", "_file", "_fsync", "_lock_fd")
+    __slots__ = (
+        "cluster_id", "replica_id", "note", "path", "_buffer", "_buffer_bytes", "_file", "_files", "_fsync", "_lock_fd",
+    )  # fmt: skip
 
-    def __init__(self, path: Path, cluster_id: bytes, replica_id: bytes, fsync: bool, lock_fd: int) -> None:
+    def __init__(
+        self, path: Path, cluster_id: bytes, replica_id: bytes, fsync: bool, lock_fd: int, files: Files
+    ) -> None:
         self.path = path
         self.cluster_id = cluster_id
         self.replica_id = replica_id
         self.note = ""
         """What was cut off when the journal was replayed, for the log; empty if nothing."""
+        self._files = files
         self._fsync = fsync
         self._lock_fd = lock_fd
         self._file: _File | None = None
@@ -92,7 +96,13 @@ class Journal:
 
     @classmethod
     def open(
-        cls, path: str | os.PathLike[str], cluster_id: bytes, replica_id: bytes | None = None, *, fsync: bool = True
+        cls,
+        path: str | os.PathLike[str],
+        cluster_id: bytes,
+        replica_id: bytes | None = None,
+        *,
+        fsync: bool = True,
+        files: Files = OS_FILES,
     ) -> Journal:
         """Opens the journal at `path`, or makes it, with the directory.
 
@@ -105,13 +115,14 @@ class Journal:
         if len(cluster_id) != CLUSTER_ID_BYTES or (replica_id is not None and len(replica_id) != REPLICA_ID_BYTES):
             raise ValueError(f"a cluster id has {CLUSTER_ID_BYTES} bytes and a replica id {REPLICA_ID_BYTES}")
         target = Path(path)
-        _make_directory(target.parent, fsync)
-        lock_fd = _lock(target)
-        journal = cls(target, cluster_id, replica_id or os.urandom(REPLICA_ID_BYTES), fsync, lock_fd)
+        files.make_directory(target.parent, fsync)
+        # By a file beside it: the journal itself is replaced by compaction.
+        lock_fd = files.lock(target.with_name(target.name + ".lock"))
+        journal = cls(target, cluster_id, replica_id or files.urandom(REPLICA_ID_BYTES), fsync, lock_fd, files)
         try:
             # A compaction that a crash cut short leaves this; the old journal still counts.
-            _new_name(target).unlink(missing_ok=True)
-            if target.exists():
+            files.unlink(_new_name(target))
+            if files.exists(target):
                 journal._open_file(any_replica=replica_id is None)
             else:
                 journal._adopt(journal._write_new([]))
@@ -130,13 +141,15 @@ class Journal:
     def replay(self) -> Iterator[Record]:
         """All records, oldest first. To be exhausted once before the first `append`.
 
+        When it is exhausted, all that it gave is durable.
+
         Raises JournalCorruptError when a frame is bad that was acknowledged; what was given before must not be used.
-        Raises JournalClosedError.
+        Raises JournalClosedError, JournalFailedError.
         """
         file = self._file
         if file is None:
             raise JournalClosedError(f"the journal {self.path} is closed")
-        end = os.fstat(file.fd).st_size
+        end = self._files.size(file.fd)
         if end < file.born_bytes:
             raise self._corrupt(end, f"it was made with {file.born_bytes} bytes and has fewer")
         offset, sequence, sealed = HEADER_BYTES, 0, False
@@ -155,12 +168,19 @@ class Journal:
             offset += FRAME_HEAD_BYTES + len(body)
             sequence += 1
             sealed = not body
+        # A process that was killed before its sync has left what can be read, and be lost with the machine's power.
+        try:
+            self._make_durable(file.fd)
+            if self._fsync:
+                self._files.sync_directory(self.path.parent)
+        except OSError as error:
+            self._fail(f"made durable ({error})", error)
         self._file = file._replace(size_bytes=offset, sequence=sequence, sealed=sealed)
 
     def _open_file(self, any_replica: bool) -> None:
-        fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
+        fd = self._files.open(self.path, os.O_RDWR)
         self._file = _File(fd, 0, 0, 0, 0)
-        header = decode_header(os.pread(fd, HEADER_BYTES, 0))
+        header = decode_header(self._files.pread(fd, HEADER_BYTES, 0))
         if isinstance(header, str):
             raise self._corrupt(0, header)
         if header.version > JOURNAL_VERSION:
@@ -184,10 +204,10 @@ class Journal:
     def _read_frame(self, file: _File, offset: int, end: int) -> tuple[FrameHead, bytes] | None:
         """The frame at `offset`, or None if there is no good one."""
         place = place_crc(file.salt_crc, offset)
-        head = decode_frame_head(os.pread(file.fd, FRAME_HEAD_BYTES, offset), place)
+        head = decode_frame_head(self._files.pread(file.fd, FRAME_HEAD_BYTES, offset), place)
         if head is None or head.length > end - offset - FRAME_HEAD_BYTES:
             return None
-        body = _pread_all(file.fd, head.length, offset + FRAME_HEAD_BYTES)
+        body = _pread_all(self._files, file.fd, head.length, offset + FRAME_HEAD_BYTES)
         if len(body) != head.length or zlib.crc32(body, place) != head.body_crc:
             return None
         return head, body
@@ -200,7 +220,7 @@ class Journal:
         if later is not None:
             raise self._corrupt(offset, f"a bad frame, though the one at byte {later} is good")
         try:
-            os.ftruncate(file.fd, offset)
+            self._files.ftruncate(file.fd, offset)
             self._make_durable(file.fd)
         except OSError as error:
             raise JournalWriteError(f"the unfinished end of journal {self.path} can't be cut off: {error}") from error
@@ -213,7 +233,7 @@ class Journal:
         """Where the first good frame from `start` on begins."""
         base = start
         while base < end:
-            chunk = os.pread(file.fd, _CHUNK_BYTES + len(MARKER) - 1, base)
+            chunk = self._files.pread(file.fd, _CHUNK_BYTES + len(MARKER) - 1, base)
             if not chunk:
                 return None
             found = chunk.find(MARKER)
@@ -271,12 +291,12 @@ class Journal:
         try:
             self._adopt(self._write_new([Record(SNAPSHOT, term, index, snapshot), *keep]))
         except OSError as error:
-            _new_name(self.path).unlink(missing_ok=True)
+            self._files.unlink(_new_name(self.path))
             raise JournalWriteError(f"the journal {self.path} could not be compacted: {error}") from error
         except JournalFailedError:
-            os.close(old.fd)
+            self._files.close(old.fd)
             raise
-        os.close(old.fd)
+        self._files.close(old.fd)
 
     def close(self) -> None:
         """Closes the files and lets go of the lock. What was appended and not synced is gone. May be repeated."""
@@ -297,11 +317,12 @@ class Journal:
 
     def _write_frame(self, file: _File, body: list[bytes], length: int) -> None:
         place = place_crc(file.salt_crc, file.size_bytes)
-        _pwrite_all(file.fd, [encode_frame_head(place, file.sequence, body, length), *body], file.size_bytes)
+        parts = [encode_frame_head(place, file.sequence, body, length), *body]
+        _pwrite_all(self._files, file.fd, parts, file.size_bytes)
 
     def _write_new(self, records: list[Record]) -> _File:
         """Writes a file with these records under a temporary name, and makes it durable. Raises OSError."""
-        salt = os.urandom(SALT_BYTES)
+        salt = self._files.urandom(SALT_BYTES)
         salt_crc = zlib.crc32(salt)
         body: list[bytes] = []
         length = sum(encode_record(record, body) for record in records)
@@ -309,33 +330,33 @@ class Journal:
             body.insert(0, encode_frame_head(place_crc(salt_crc, HEADER_BYTES), 0, body, length))
             length += FRAME_HEAD_BYTES
         size = HEADER_BYTES + length
-        fd = os.open(_new_name(self.path), os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        fd = self._files.open(_new_name(self.path), os.O_RDWR | os.O_CREAT | os.O_TRUNC)
         try:
-            _pwrite_all(fd, [encode_header(self.cluster_id, self.replica_id, salt, size), *body], 0)
+            _pwrite_all(self._files, fd, [encode_header(self.cluster_id, self.replica_id, salt, size), *body], 0)
             self._make_durable(fd)
         except BaseException:
-            os.close(fd)
+            self._files.close(fd)
             raise
         return _File(fd, salt_crc, size, size, 1 if records else 0)
 
     def _adopt(self, new: _File) -> None:
         """Gives a new file the journal's name and goes on with it. Raises OSError, and goes on as before."""
         try:
-            os.rename(_new_name(self.path), self.path)
+            self._files.rename(_new_name(self.path), self.path)
         except BaseException:
-            os.close(new.fd)
+            self._files.close(new.fd)
             raise
         self._file = new
         try:
             if self._fsync:
-                _sync_directory(self.path.parent)
+                self._files.sync_directory(self.path.parent)
         except OSError as error:
             self._fail(f"given its name ({error})", error)
 
     def _take_back(self, file: _File, error: OSError) -> NoReturn:
         """After a failed write: the file as it was."""
         try:
-            os.ftruncate(file.fd, file.size_bytes)
+            self._files.ftruncate(file.fd, file.size_bytes)
         except OSError:
             self._fail(f"written ({error}) nor cut back to what it was", error)
         raise JournalWriteError(
@@ -352,7 +373,7 @@ class Journal:
 
     def _make_durable(self, fd: int) -> None:
         if self._fsync:
-            os.fdatasync(fd)
+            self._files.fdatasync(fd)
 
     def _corrupt(self, offset: int, what: str) -> JournalCorruptError:
         return JournalCorruptError(str(self.path), offset, what)
@@ -360,9 +381,9 @@ class Journal:
     def _release(self) -> None:
         file, self._file = self._file, None
         if file is not None:
-            os.close(file.fd)
+            self._files.close(file.fd)
         if self._lock_fd >= 0:
-            os.close(self._lock_fd)
+            self._files.close(self._lock_fd)
             self._lock_fd = -1
 
 
@@ -370,45 +391,14 @@ def _new_name(path: Path) -> Path:
     return path.with_name(path.name + ".new")
 
 
-def _make_directory(directory: Path, fsync: bool) -> None:
-    """Makes a directory with its parents."""
-    if directory.is_dir():
-        return
-    _make_directory(directory.parent, fsync)
-    directory.mkdir(mode=0o700, exist_ok=True)
-    if fsync:
-        _sync_directory(directory.parent)
-
-
-def _sync_directory(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _lock(path: Path) -> int:
-    """Locks the journal by a file beside it (the journal itself is replaced by compaction)."""
-    fd = os.open(path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(fd)
-        raise JournalLockedError(
-            f"the journal {path} is open in another process ({error}): is this head running already?"
-        ) from None
-    return fd
-
-
-def _pread_all(fd: int, length: int, offset: int) -> bytes:
-    data = os.pread(fd, length, offset)
+def _pread_all(files: Files, fd: int, length: int, offset: int) -> bytes:
+    data = files.pread(fd, length, offset)
     if len(data) == length or not data:
         return data
     parts = [data]  # Linux reads at most 2 GiB at once.
     got = len(data)
     while got < length:
-        data = os.pread(fd, length - got, offset + got)
+        data = files.pread(fd, length - got, offset + got)
         if not data:
             break
         parts.append(data)
@@ -416,12 +406,12 @@ def _pread_all(fd: int, length: int, offset: int) -> bytes:
     return b"".join(parts)
 
 
-def _pwrite_all(fd: int, parts: list[bytes], offset: int) -> None:
+def _pwrite_all(files: Files, fd: int, parts: list[bytes], offset: int) -> None:
     if len(parts) > 16 or sum(map(len, parts)) <= _CHUNK_BYTES:
         parts = [b"".join(parts)]
     for part in parts:
         view = memoryview(part)
         while view:
-            written = os.pwrite(fd, view, offset)
+            written = files.pwrite(fd, view, offset)
             offset += written
             view = view[written:]

@@ -8,6 +8,8 @@ Rules
   comes back to them as a change.
 - A raylet that is not connected gets its effects when it connects: starting and stopping actors are told anew
   (`ActorManager.on_node_report`), ended jobs are kept here until then.
+- A new leader of several heads waits for the raylets, which have to find it first: a silence counts from `SETTLING_MS`
+  on. But those that have not come by `ABSENT_MS` are probed, so the node of the head that died is found out soon.
 - A link that closes is followed by a probe of the raylet's endpoint. Refused means that the process is gone, and
   the node is declared dead at once. A connection that breaks is tried again, because a process that is being
   killed may close its listener after its links.
@@ -34,6 +36,8 @@ from ftray.wire.reactor import Link, Reactor
 
 log = logging.getLogger("ftray.gcs")
 
+SETTLING_MS = 2_000.0
+ABSENT_MS = 200.0
 PROBE_RETRY_MS = 20.0
 PROBES_MAX = 25
 
@@ -41,10 +45,17 @@ SendToNode = Callable[[bytes, m.Message, bytes], bool]
 
 
 class Leader:
-    """The managers at work. `send_to_node` returns whether the node is connected; `wake` asks for a turn soon."""
+    """The managers at work. `send_to_node` returns whether the node is connected; `wake` asks for a turn soon.
+    `is_connected` is given if there are several heads."""
 
     def __init__(
-        self, reactor: Reactor, replica: Replica, config: Config, send_to_node: SendToNode, wake: Callable[[], None]
+        self,
+        reactor: Reactor,
+        replica: Replica,
+        config: Config,
+        send_to_node: SendToNode,
+        wake: Callable[[], None],
+        is_connected: Callable[[bytes], bool] | None = None,
     ) -> None:
         now_ms = reactor.now_ms()
         self._reactor = reactor
@@ -53,10 +64,24 @@ class Leader:
         self._wake = wake
         self.actors = ActorManager(replica.state, infeasible_after_ms=config.infeasible_timeout_ms)
         self.jobs = JobManager(replica.state)
-        self.health = NodeHealth(replica.state, now_ms, config.heartbeat_timeout_ms)
+        settled_ms = now_ms if is_connected is None else now_ms + SETTLING_MS
+        self.health = NodeHealth(replica.state, settled_ms, config.heartbeat_timeout_ms)
         self._ended_jobs: dict[bytes, set[bytes]] = {}
         """By node, ended jobs of which it has not been told."""
         self._health_due = False
+        self._ended = False
+        if is_connected is not None:
+            reactor.call_later(ABSENT_MS, partial(self._probe_absent, is_connected))
+
+    def end(self) -> None:
+        """Another head leads: decides nothing more."""
+        self._ended = True
+
+    def _probe_absent(self, is_connected: Callable[[bytes], bool]) -> None:
+        if not self._ended:
+            for node in list(self._replica.state.store.nodes.values()):
+                if node.state is NodeState.ALIVE and not is_connected(node.node_id):
+                    self.on_node_closed(node.node_id)
 
     # --- events -------------------------------------------------------------------------------------------------------
 
@@ -152,6 +177,8 @@ class Leader:
         self.health.on_result(command, result, self._reactor.now_ms())
 
     def _probed(self, probe: e.Probe, refused: bool) -> None:
+        if self._ended:
+            return
         node = self._replica.state.node(probe.node_id)
         if refused and node is not None and node.state is NodeState.ALIVE:
             log.warning("node %s refuses connections: it is gone", probe.node_id.hex())

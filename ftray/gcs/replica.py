@@ -11,6 +11,7 @@ What the interface promises
 - With one replica `flush` gives all results before it returns. With several, results come in a later `flush`, or, after
   a change of leader, not at all: then `reply` is called with the code `not_leader`, which says that the outcome is not
   known. The client repeats the command with the same sequence number at the leader, and it takes effect once.
+- `confirm` is for reads that must be fresh: it calls back from a `flush`, after the results of what came before.
 - Callbacks may propose, and must not flush. An exception in one is logged and hurts no other.
 - `state` is for reading. At the leader it has every command that has been answered.
 
@@ -51,9 +52,11 @@ COMPACT_BYTES = 64 << 20
 """A journal that has grown by so much, and to twice its last snapshot, is compacted."""
 
 JOURNAL_NAME = "gcs.journal"
+NEVER_MS = float("inf")
 
 ChangeCallback = Callable[[Sequence[Change]], None]
 ReplyCallback = Callable[[Result], None]
+Confirmed = Callable[[bool], None]
 T = TypeVar("T")
 
 
@@ -95,8 +98,21 @@ class Replica(Protocol):
         """Carries out what has been proposed. Call it at the end of each batch of messages."""
         ...
 
+    def next_wake_ms(self) -> float:
+        """When `flush` is to be called at the latest, by the clock of the shell; infinity if nothing is due."""
+        ...
+
+    def confirm(self, confirmed: Confirmed) -> None:
+        """Calls back from a `flush` with True once `state` has everything that was acknowledged anywhere before this
+        call, or with False if this replica does not lead. Raises ReplicaClosedError."""
+        ...
+
     def on_change(self, callback: ChangeCallback) -> Callable[[], None]:
         """Calls back with each batch of changes, from now on. Returns a function that ends it."""
+        ...
+
+    def on_reset(self, callback: Callable[[], None]) -> Callable[[], None]:
+        """Calls back when `state` is another object, that no changes have led to. Returns a function that ends it."""
         ...
 
     def close(self) -> None:
@@ -134,6 +150,7 @@ class SingleReplica:
         "_index",
         "_journal",
         "_queue",
+        "_reads",
     )
 
     def __init__(
@@ -158,6 +175,7 @@ class SingleReplica:
         self._compact_bytes = compact_bytes
         self._queue: list[tuple[Request, ReplyCallback]] = []
         self._callbacks: list[ChangeCallback] = []
+        self._reads: list[Confirmed] = []
         self._busy = False
         self._index = 0
         self.state = GcsState(cluster_id)
@@ -212,6 +230,22 @@ class SingleReplica:
                 raise
             for (_, reply), result in zip(batch, results):
                 self._call(reply, result)
+        if self._reads:
+            self._end_reads(True)
+
+    def next_wake_ms(self) -> float:
+        """Never: all is done in the `flush` after it was asked for."""
+        return NEVER_MS
+
+    def confirm(self, confirmed: Confirmed) -> None:
+        """Calls back with True from the next `flush`, or with False from `close`. Raises ReplicaClosedError."""
+        self._open_journal()
+        self._reads.append(confirmed)
+
+    def _end_reads(self, fresh: bool) -> None:
+        reads, self._reads = self._reads, []
+        for confirmed in reads:
+            self._call(confirmed, fresh)
 
     def _answer_all(self, batch: Sequence[tuple[Request, ReplyCallback]], code: Code, message: str) -> None:
         for _, reply in batch:
@@ -285,6 +319,10 @@ class SingleReplica:
 
         return end
 
+    def on_reset(self, callback: Callable[[], None]) -> Callable[[], None]:
+        """Never calls back: the state of the only replica grows by changes alone."""
+        return lambda: None
+
     def _publish(self) -> None:
         changes = self.state.take_changes()
         if changes:
@@ -329,6 +367,7 @@ class SingleReplica:
             journal.close()
         batch, self._queue = self._queue, []
         self._answer_all(batch, Code.NOT_LEADER, "this head is stopping")
+        self._end_reads(False)
 
     def _open_journal(self) -> Journal:
         if self._journal is None:

@@ -10,9 +10,14 @@ Rules
 - Whatever a client sends wrong costs its own link.
 - A node that was declared dead is told so (`NodeFenced`) on the link that it has, and when it is heard of again.
 - Nothing waits for a slow client: watchers are bounded, an answer that is too large is refused.
+- Of several heads only the leader serves clients. The others name it; a head that knows none says so and keeps the
+  link, and names the leader as soon as there is one. So a client is served where its writes are, and a raylet
+  hangs on the head whose managers have something to tell it.
+- Reads are fresh: the replica confirms that it still leads before they are answered, once for all reads of a turn.
 
 Rejected: a sync for each command (6,000 a second at most, where a batch takes 50,000); answering reads as they come (a
-client would not see its own write).
+client would not see its own write); watches and reads at followers (a client would see its own writes late, and the
+table of who hangs where would be needed for nothing else).
 """
 
 from __future__ import annotations
@@ -20,7 +25,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from ftray.config import Config
 from ftray.exceptions import ProtocolError
@@ -32,6 +37,7 @@ from ftray.gcs.state.errors import CommandError, GcsError
 from ftray.gcs.state.tables import Change, Code, NodeRecord, NodeState, Result, Table
 from ftray.gcs.watchers import CATCH_UP_MS, Watcher, WatchHub
 from ftray.wire.handshake import ROLE_GCS
+from ftray.wire.head_messages import GcsHeads, GcsNoLeader, GcsPing
 from ftray.wire.messages import (
     GcsCommand,
     GcsHeartbeat,
@@ -48,6 +54,22 @@ log = logging.getLogger("ftray.gcs")
 
 FLUSHES_MAX = 20
 """Rounds of managers' commands in one turn; what is left then has its turn after other work."""
+
+
+class Heads(Protocol):
+    """What the server asks about the heads, if there are several (`raft_host.py`)."""
+
+    def endpoints(self) -> tuple[str, ...]:
+        """Where all of them are."""
+        ...
+
+    def why_no_leader(self) -> str:
+        """Who answers and who does not."""
+        ...
+
+    def failed(self, error: Exception) -> None:
+        """The replica has stopped."""
+        ...
 
 
 class _Client:
@@ -68,10 +90,11 @@ class _Client:
 class GcsServer:
     """See the module. Everything runs under `reactor.lock`."""
 
-    def __init__(self, reactor: Reactor, replica: Replica, config: Config) -> None:
+    def __init__(self, reactor: Reactor, replica: Replica, config: Config, heads: Heads | None = None) -> None:
         self.reactor = reactor
         self.replica = replica
         self.config = config
+        self.heads = heads
         self.watchers = WatchHub(reactor, config.output_backlog_bytes_max // 4)
         self.loads: dict[bytes, dict[str, float]] = {}
         """What each live node last said is free there."""
@@ -80,11 +103,16 @@ class GcsServer:
         self._reads: list[tuple[Link, GcsRead]] = []
         self._waits: dict[tuple[Table, bytes], list[tuple[Link, int]]] = {}
         self._leader: Leader | None = None
-        self._turn_due = False
+        self._turn_due = self._in_turn = False
         self._tick_timer: Timer | None = None
         self._tick_due_ms = 0.0
         self._closed = False
-        self._end_feed = replica.on_change(self._on_changes)
+        self._confirmed: list[tuple[Link, GcsRead]] = []
+        """Reads that may be answered at the end of this turn."""
+        self._told_leader = ""
+        """The leader that the clients here were told of; '' if none is known."""
+        self._told_heads: tuple[str, ...] = ()
+        self._end_feeds = (replica.on_change(self._on_changes), replica.on_reset(self._on_reset))
         self._tick()
 
     def accept(self, link: Link) -> Handler | None:
@@ -99,8 +127,9 @@ class GcsServer:
         if self._closed:
             return
         self._closed = True
-        self._end_feed()
-        self._leader = None
+        for end in self._end_feeds:
+            end()
+        self._end_leader()
         if self._tick_timer is not None:
             self._tick_timer.cancel()
         for link in list(self._links):
@@ -133,6 +162,8 @@ class GcsServer:
         if client is None:
             self._hello(link, message)
             return
+        if self.heads is not None and not self.replica.is_leader and not isinstance(message, GcsPing):
+            return  # the client has been told that it is to ask elsewhere, and asks all of it there
         match message:
             case GcsCommand():
                 self._command(link, client, message, payload)
@@ -144,6 +175,8 @@ class GcsServer:
                 self.watchers.add(self.replica.state, client.watcher, tables, message.keys, message.since_revision)
             case GcsHeartbeat():
                 self._heartbeat(link, client, message)
+            case GcsPing():
+                link.send(message)
             case _:
                 raise ProtocolError(f"{type(message).__name__} is not a message to the GCS")
 
@@ -151,6 +184,11 @@ class GcsServer:
         if not isinstance(message, GcsHello) or not message.client_id:
             raise ProtocolError("a link to the GCS must begin with GcsHello and a client id")
         link.peer = _Client(link, message.client_id, message.node_id)
+        if self.heads is not None:
+            if not self.replica.is_leader:
+                self._send_away(link)
+                return
+            link.send(GcsHeads(self.heads.endpoints()))
         if message.node_id:
             former = self._nodes.get(message.node_id)
             self._nodes[message.node_id] = link
@@ -159,6 +197,20 @@ class GcsServer:
                 self._forget(former)
             if self._leader is not None:
                 self._leader.on_node_connected(message.node_id)
+
+    def _send_away(self, link: Link) -> None:
+        """This head does not lead: who does?"""
+        assert self.heads is not None
+        hint = self.replica.leader_hint
+        if hint and hint != self._own_hint():
+            text = "this head does not lead the cluster"
+            link.send(GcsResult(0, self.replica.state.revision, Code.NOT_LEADER.value, text, hint))
+        else:
+            link.send(GcsNoLeader(self.heads.why_no_leader()))
+
+    def _own_hint(self) -> str:
+        """This head's endpoint, as the others know it."""
+        return str(getattr(self.replica, "endpoint", ""))
 
     def _table(self, name: str) -> Table:
         try:
@@ -224,6 +276,10 @@ class GcsServer:
 
     # --- turns --------------------------------------------------------------------------------------------------------
 
+    def wake(self) -> None:
+        """For the links to other heads: something has arrived for the replica."""
+        self._wake()
+
     def _wake(self) -> None:
         """Asks for a turn at the end of this batch of the reactor."""
         if not self._turn_due and not self._closed:
@@ -234,9 +290,19 @@ class GcsServer:
         self._turn_due = False
         if self._closed:
             return
+        self._in_turn = True
+        try:
+            self._take_turn()
+        finally:
+            self._in_turn = False
+
+    def _take_turn(self) -> None:
         self._schedule_tick()
         self._lead_or_not()
+        if self._reads:
+            self._confirm_reads()
         self._flush()
+        self._lead_or_not()
         for _ in range(FLUSHES_MAX):
             if self._leader is None or not self._leader.plan():
                 break
@@ -244,20 +310,67 @@ class GcsServer:
             self._lead_or_not()
         else:
             self._wake()
-        reads, self._reads = self._reads, []
+        reads, self._confirmed = self._confirmed, []
         for link, read in reads:
             self._answer_read(link, read)
+        if self.heads is not None:
+            self._tell_clients()
         self._schedule_tick()
+
+    def _confirm_reads(self) -> None:
+        reads, self._reads = self._reads, []
+        try:
+            self.replica.confirm(partial(self._reads_confirmed, reads))
+        except ReplicaClosedError:
+            self._reads_confirmed(reads, False)
+
+    def _reads_confirmed(self, reads: list[tuple[Link, GcsRead]], fresh: bool) -> None:
+        if fresh or self.heads is None:  # a single replica whose disk has failed can still be asked
+            self._confirmed += reads
+            if not self._in_turn:
+                self._wake()
+            return
+        for link in dict.fromkeys(link for link, _ in reads):
+            self._send_away(link)
+
+    def _tell_clients(self) -> None:
+        """When the leader is another one, or the heads are others, the clients here learn it."""
+        heads, replica = self.heads, self.replica
+        assert heads is not None
+        leads = replica.is_leader
+        leader = self._own_hint() if leads else replica.leader_hint
+        if not leads and leader == self._own_hint():
+            leader = ""
+        if leader != self._told_leader:
+            self._told_leader = leader
+            for link in list(self._links):
+                if link.peer is None:
+                    continue
+                if leads:  # those who have waited here come anew, with all they want
+                    text = "this head leads the cluster now"
+                    link.send(GcsResult(0, replica.state.revision, Code.NOT_LEADER.value, text, leader))
+                else:
+                    self._send_away(link)
+        if leads and heads.endpoints() != self._told_heads:
+            self._told_heads = heads.endpoints()
+            for link in self._links:
+                if link.peer is not None:
+                    link.send(GcsHeads(self._told_heads))
 
     def _flush(self) -> None:
         try:
             self.replica.flush()
         except GcsError as error:
+            if self.heads is not None:  # a full disk does not come to this
+                self.heads.failed(error)
+                return
             # Who asked has been answered. A full disk may have room again; a disk that failed has closed the replica.
             log.error("commands could not be made durable: %s", error)
         except Exception as error:  # our own fault: who has asked must not wait for ever, and asks again
             log.exception("the GCS replica failed")
             self.reactor.handler_errors.append(repr(error))
+            if self.heads is not None:
+                self.heads.failed(error)
             for link in list(self._links):
                 link.close("the GCS failed")
                 self._forget(link)
@@ -265,11 +378,21 @@ class GcsServer:
     def _lead_or_not(self) -> None:
         leads = self.replica.is_leader
         if leads and self._leader is None:
-            self._leader = Leader(self.reactor, self.replica, self.config, self._send_to_node, self._wake)
+            is_connected = None if self.heads is None else self._nodes.__contains__
+            self._leader = Leader(
+                self.reactor, self.replica, self.config, self._send_to_node, self._wake, is_connected
+            )
             for node_id in self._nodes:
                 self._leader.on_node_connected(node_id)
         elif not leads:
-            self._leader = None
+            self._end_leader()
+            if self.heads is not None:
+                self._nodes.clear()  # they are sent to the next leader
+
+    def _end_leader(self) -> None:
+        leader, self._leader = self._leader, None
+        if leader is not None:
+            leader.end()
 
     def _tick(self) -> None:
         self._tick_timer = None
@@ -281,6 +404,7 @@ class GcsServer:
     def _schedule_tick(self) -> None:
         now_ms = self.reactor.now_ms()
         due_ms = now_ms + self.config.heartbeat_timeout_ms / 5.0
+        due_ms = min(due_ms, self.replica.next_wake_ms())
         if self._leader is not None:
             due_ms = min(due_ms, self._leader.next_wake_ms())
         if self.watchers.any_behind:
@@ -315,6 +439,10 @@ class GcsServer:
                 link_of_node = self._nodes.pop(change.key, None)
                 if link_of_node is not None and not link_of_node.peer.leaves:
                     self._fence(link_of_node, change.record)
+
+    def _on_reset(self) -> None:
+        """The state is another one, as a follower's may be: what was made from the former is of no use."""
+        self._end_leader()
 
     def _answer_read(self, link: Link, read: GcsRead) -> None:
         state = self.replica.state

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ftray.perf import gcs
 from ftray.perf import measures as m
 from ftray.perf.figures import Limit
 
@@ -82,6 +83,17 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     Benchmark(
         "bytes-per-ref", "memory per waiting task", "bytes", m.bytes_per_ref, False, 1_024, rounds=2,
         session={"num_cpus": 2, "resources": {"gate": 1}}, fresh=True,
+    ),
+    Benchmark("gcs-write", "write to three heads, one by one", "ms", gcs.write_latency, False, 1.5, session=None),
+    Benchmark(
+        "gcs-writes", "writes to three heads, 64 in flight", "/s", gcs.writes_in_flight, True, 5_000, session=None,
+    ),
+    Benchmark("gcs-reads", "fresh reads from three heads", "/s", gcs.reads_in_flight, True, 10_000, session=None),
+    Benchmark(
+        "gcs-failover", "write after the leader's SIGKILL", "ms", gcs.leader_killed, False, 50, rounds=20, session=None,
+    ),
+    Benchmark(
+        "gcs-frozen", "write after the leader's SIGSTOP", "ms", gcs.leader_frozen, False, 600, rounds=5, session=None,
     ),
 )  # fmt: skip
 """In the order in which they are run and shown."""

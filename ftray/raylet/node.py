@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -27,15 +27,18 @@ from ftray.gcs.state.tables import Code, KvRecord, Record, Result, Table, kv_key
 from ftray.ids import NODE_ID_BYTES
 from ftray.raylet import session
 from ftray.raylet.forking import TemplateSpec, fork_template
+from ftray.raylet.hosting import Hosting
 from ftray.raylet.spec import NodeSpec, SpecError, endpoints_of, resources_of, store_bytes_of, token_of
 from ftray.store.arena import Arena
-from ftray.wire.handshake import ANY_CLUSTER, ROLE_CLIENT, ROLE_GCS, ROLE_RAYLET, ROLE_TOOL
+from ftray.wire.handshake import ANY_CLUSTER, ROLE_CLIENT, ROLE_GCS, ROLE_RAYLET, ROLE_TOOL, cluster_id_of
 from ftray.wire.messages import GcsHeartbeat, Message, NodeFenced
 from ftray.wire.reactor import Handler, Link, Reactor, Timer
 
 log = logging.getLogger("ftray.raylet")
 
 JOIN_TIMEOUT_MS = 10_000.0
+HEADS_TIMEOUT_MS = 50_000.0
+"""The same for one of several heads: the others may be started by hand."""
 LEAVE_TIMEOUT_MS = 100.0
 GRACE_MS = 300
 """How long workers may take to exit by themselves when the node stops."""
@@ -45,8 +48,6 @@ HEAD_BEAT_SHARE = 0.4
 CLUSTER_NAMESPACE = "ftray.cluster"
 _HOPELESS = ("cluster token", "protocol version", "another cluster")
 """What the handshake's errors say when it is not a matter of time."""
-_INCARNATION = 1
-"""A node draws its id when it starts, so each id lives once."""
 
 
 class _Idle:
@@ -103,13 +104,28 @@ class Node:
         from ftray.raylet.store_service import StoreService
 
         node_id = os.urandom(NODE_ID_BYTES)
-        cluster_id = os.urandom(len(ANY_CLUSTER)) if self.spec.head else ANY_CLUSTER
+        cluster_id = ANY_CLUSTER
+        if self.spec.head:
+            # What a journal outlives, or several heads have in common, follows from what they have in common.
+            shared = self.spec.head_endpoint is not None or self.spec.gcs_dir is not None
+            cluster_id = cluster_id_of(token) if shared else os.urandom(len(ANY_CLUSTER))
         self.reactor = Reactor(config, token, cluster_id, name="node")
         self._parts.append(self.reactor.close)
-        endpoints = self._host_gcs(cluster_id) if self.spec.head else endpoints_of(self.spec.address or "")
+        self.hosting: Hosting | None = None
+        self._started = time.time()
+        self._incarnation = 1
+        """A node draws its id when it starts, so each id lives once; but for `_begin_anew`."""
+        self._registered = self._registering = self._lost_gcs = False
+        self._failure = ""
+        if self.spec.head:
+            self.hosting = Hosting(self.spec, self.reactor, session_dir, self._parts, self._head_failed)
+        endpoints = endpoints_of(self.spec.address or "") if self.hosting is None else self.hosting.endpoints
+        self.several = self.hosting is not None and self.hosting.host is not None
+        """This is one of several heads."""
         self.gcs = GcsClient(
             self.reactor, endpoints, node_id, node_id, on_other=self._from_gcs, on_connected=self._gcs_connected
         )
+        self.gcs.on_heads = self._gcs_heads
         self._parts.append(self.gcs.close)
         self.info = NodeInfo(
             node_id=node_id, cluster_id=cluster_id, head=self.spec.head, resources=resources,
@@ -127,28 +143,10 @@ class Node:
         if not self.spec.head or self.spec.port is not None:
             # Heads on other machines look here whether this process is alive.
             self._registered_endpoint = self.reactor.listen(f"tcp:{self.spec.host}:0", self._accept)
-        self._registered = False
-        self._failure = ""
         self._said_available: dict[str, float] = {}
         self._beat: Timer | None = None
         self._beat_due_ms = 0.0
         self.raylet.leases.on_settled = self._load_changed
-
-    def _host_gcs(self, cluster_id: bytes) -> list[str]:
-        from ftray.gcs.replica import SingleReplica
-        from ftray.gcs.server import GcsServer
-
-        spec, reactor = self.spec, self.reactor
-        fsync = spec.fsync if spec.fsync is not None else spec.port is not None
-        endpoint = f"unix:{self.session_dir}/sockets/gcs.sock"
-        replica = SingleReplica(os.path.join(self.session_dir, "gcs"), cluster_id, fsync=fsync, endpoint=endpoint)
-        self._parts.append(replica.close)
-        server = GcsServer(reactor, replica, reactor.config)
-        self._parts.append(server.close)
-        endpoints = [reactor.listen(endpoint, server.accept)]
-        if spec.port is not None:
-            endpoints.append(reactor.listen(f"tcp:{spec.host}:{spec.port}", server.accept))
-        return endpoints
 
     def _accept(self, link: Link) -> Handler | None:
         from ftray.raylet.tools import ToolHandler
@@ -167,18 +165,34 @@ class Node:
         """Becomes a member of the cluster. Drives the reactor until then. Raises SpecError if that fails."""
         with self.reactor.lock:
             if self.spec.head:
+                value = msgspec.msgpack.encode((self.info.cluster_id, msgspec.structs.asdict(self.reactor.config)))
+                # Of several heads the first one's settings count.
+                self.gcs.command(KvPut(CLUSTER_NAMESPACE, b"id", value, not self.several), lambda result: None)
+            if self.spec.head and not self.several:
                 self._register()
                 self.raylet.leases.settle_soon()
             else:
                 self.gcs.read(Table.KV, kv_key(CLUSTER_NAMESPACE, b"id"), self._cluster_known, wait=True)
             self.reactor.flush_dirty()
-        self._pump(JOIN_TIMEOUT_MS, lambda: self._registered or bool(self._failure) or self._hopeless())
+        limit_ms = self.spec.join_timeout_ms or (HEADS_TIMEOUT_MS if self.several else JOIN_TIMEOUT_MS)
+        self._pump(limit_ms, lambda: self._registered or bool(self._failure) or self._hopeless())
         if not self._registered:
             raise SpecError(self._failure or str(self.gcs.unavailable()))
         with self.reactor.lock:
             self.reactor.call_later(0, self._heartbeat)
             self.reactor.call_later(TIDY_PERIOD_MS, self._tidy)
-        session.write_node_json(self.session_dir, {**self.ready(), "started": time.time()})
+        self._announce()
+
+    def _announce(self) -> None:
+        """Others find this node by what is in its session's folder."""
+        known = {"started": self._started, "cpus": self.info.resources.get("CPU", 0.0)}
+        session.write_node_json(self.session_dir, {**self.ready(), **known})
+
+    def _announce_again(self) -> None:
+        try:
+            self._announce()
+        except OSError as error:
+            log.error("node.json could not be written, so that it is not up to date: %s", error)
 
     def _hopeless(self) -> bool:
         """Whether every head has refused this node for what trying again does not change."""
@@ -210,23 +224,29 @@ class Node:
         own = {**settings, **self.spec.config}
         config = config_from({}, own)
         self.reactor.config = config
+        if self.hosting is not None:
+            self.hosting.adopt_config(config)
         self.raylet.adopt_config(config)
         self._register()
         self.raylet.leases.settle_soon()
 
     def _register(self) -> None:
         info = self.info
-        if info.head:
-            value = msgspec.msgpack.encode((info.cluster_id, msgspec.structs.asdict(self.reactor.config)))
-            self.gcs.command(KvPut(CLUSTER_NAMESPACE, b"id", value), lambda result: None)
+        if self._registering:
+            return
+        self._registering = True
         command = RegisterNode(
-            info.node_id, self._registered_endpoint, info.resources, info.labels, _INCARNATION, os.uname().nodename,
-            os.getpid(),
+            info.node_id, self._registered_endpoint, info.resources, info.labels, self._incarnation,
+            os.uname().nodename, os.getpid(),
         )  # fmt: skip
         self.gcs.command(command, self._register_answered)
 
     def _register_answered(self, result: Result) -> None:
+        self._registering = False
         if result.ok:
+            if self._lost_gcs:
+                self._lost_gcs = False
+                log.info("connected to the GCS again")
             self._registered = True
         elif result.code == Code.FENCED:
             self._fenced(result.message)
@@ -256,10 +276,43 @@ class Node:
     def _gcs_connected(self, connected: bool) -> None:
         if connected and self._registered and not self.stopping:
             self._register()  # a head that has lost its memory learns of this node again
-        if not connected and not self.stopping:
+        if not connected and self._registered and not self.stopping and not self._lost_gcs:
+            self._lost_gcs = True
             log.warning("the connection to the GCS is lost; what runs here goes on")
 
+    def _gcs_heads(self, endpoints: Sequence[str]) -> None:
+        known, self.info.gcs_endpoints = self.info.gcs_endpoints, tuple(endpoints)  # who comes later gets these
+        if self._registered and set(known) != set(endpoints):
+            self._announce_again()
+
+    def _head_failed(self, error: Exception) -> None:
+        """This head has no part in the GCS any more."""
+        from ftray.gcs.raft.errors import ReplicaRemovedError
+
+        if isinstance(error, ReplicaRemovedError) and self._registered and self.hosting is not None:
+            log.warning("%s; the node goes on", error)
+            self.info.head = self.several = False
+            self._announce_again()
+            self.reactor.call_later(0, self.hosting.close)
+            return
+        self._failure = str(error)
+        self.exit_code = 1
+        if self._registered:
+            self.stop(f"its head has stopped: {error}")
+
+    def _begin_anew(self, reason: str) -> None:
+        """One of several heads must not go with its node, which was frozen for a while, say: that would cost the
+        cluster a vote. Whoever was served here is cut off, and the node joins as one that has just been started."""
+        log.warning("this node is fenced: %s; it begins anew, because it is a head", reason)
+        self._incarnation += 1
+        for client in list(self.raylet.clients.by_id.values()):
+            self.reactor.drop(client.link, f"the node was fenced: {reason}")
+        self._register()
+
     def _fenced(self, reason: str) -> None:
+        if self.several and self._registered and not self.stopping:
+            self._begin_anew(reason)
+            return
         self._failure = f"this node is fenced: {reason}"
         self.exit_code = 1
         self.stop(self._failure)
@@ -268,9 +321,11 @@ class Node:
         """A sign of life, with what is free here. A head's own node is alive if the head is: it speaks less often, and
         soon after what is free has changed."""
         config = self.reactor.config
-        period_ms = config.heartbeat_timeout_ms * HEAD_BEAT_SHARE if self.info.head else config.heartbeat_period_ms
+        alone = self.info.head and not self.several
+        period_ms = config.heartbeat_timeout_ms * HEAD_BEAT_SHARE if alone else config.heartbeat_period_ms
         self._said_available = self.raylet.leases.scheduler.available
-        self.gcs.send(GcsHeartbeat(self.info.node_id, self._said_available))
+        if not self._registering:
+            self.gcs.send(GcsHeartbeat(self.info.node_id, self._said_available))
         self._beat_due_ms = self.reactor.now_ms() + period_ms
         self._beat = self.reactor.call_later(period_ms, self._heartbeat)
 
@@ -302,7 +357,9 @@ class Node:
         if not self.spec.lifeline and self.exit_code == 0:
             self._let_workers_go()
         raylet.stopping = True
-        if not self.info.head and self._registered and self.exit_code == 0:
+        if self.hosting is not None and self.exit_code == 0:
+            self.hosting.resign(self.reactor, self._pump)
+        if (self.several or not self.info.head) and self._registered and self.exit_code == 0:
             self._leave()
         raylet.processes.forker.close()
         with self.reactor.lock:
@@ -323,7 +380,7 @@ class Node:
         cause = DeathCauseRecord(info.node_id.hex(), os.getpid(), what="node", reason=self.stopping)
         left: list[Result] = []
         with self.reactor.lock:
-            self.gcs.command(MarkNodeDead(info.node_id, _INCARNATION, cause), left.append)
+            self.gcs.command(MarkNodeDead(info.node_id, self._incarnation, cause), left.append)
             self.reactor.flush_dirty()
         self._pump(LEAVE_TIMEOUT_MS, lambda: bool(left))
 

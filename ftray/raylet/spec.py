@@ -48,6 +48,17 @@ class NodeSpec(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     host: str = "127.0.0.1"
     port: int | None = None
     """TCP port of the GCS; 0 is any, None is none."""
+    heads: list[str] = []
+    """All heads of a cluster with several, as `tcp:host:port`, this one among them; of a cluster to be joined, if
+    `join`. Empty for a head that goes on with what its `gcs_dir` says."""
+    head_endpoint: str | None = None
+    """Which of the heads this one is; None for the only head of its cluster."""
+    join: bool = False
+    """This head is a new one for a cluster that runs: it waits to be added (`ftray heads add`)."""
+    gcs_dir: str | None = None
+    """Where the GCS keeps its journal. Without it in the session, and it ends with the node."""
+    join_timeout_ms: float | None = None
+    """How long the node may take to become a member of its cluster."""
     lifeline: bool = False
     """End when standard input does; and at once, without giving workers time."""
     token: str | None = None
@@ -70,6 +81,15 @@ def parse_spec(line: bytes) -> NodeSpec:
         raise SpecError("a node that is no head needs the address of one: host:port")
     if spec.address:
         endpoints_of(spec.address)
+    if (spec.heads or spec.join) and spec.head_endpoint is None:
+        raise SpecError("one of several heads must be told which one it is: head_endpoint")
+    if not spec.head and spec.head_endpoint is not None:
+        raise SpecError("a node that is no head can't be one of several")
+    for endpoint in (*spec.heads, *([spec.head_endpoint] if spec.head_endpoint is not None else [])):
+        if endpoints_of(endpoint) != [endpoint] or not endpoint.startswith("tcp:"):
+            raise SpecError(f"{endpoint!r} is not the endpoint of a head: it must be tcp:host:port")
+    if spec.head_endpoint is not None and spec.heads and not spec.join and spec.head_endpoint not in spec.heads:
+        raise SpecError(f"this head, {spec.head_endpoint}, is not among the heads: {', '.join(spec.heads)}")
     return spec
 
 

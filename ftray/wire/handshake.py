@@ -44,7 +44,14 @@ ROLE_TASK = 4
 ROLE_RAYLET = 5
 """Raylet to raylet."""
 ROLE_TOOL = 6
-"""A command-line tool asking a raylet."""
+"""A command-line tool asking a raylet, or a head."""
+ROLE_HEAD = 7
+"""Head to head: replication."""
+
+
+def cluster_id_of(token: bytes) -> bytes:
+    """The id of the cluster with this token, where several heads must agree on one before they have met."""
+    return hmac.digest(token, b"ftray cluster id", hashlib.sha256)[: len(ANY_CLUSTER)]
 
 
 def _proof(

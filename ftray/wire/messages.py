@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 
+from ftray.wire.head_messages import GcsHeads, GcsNoLeader, GcsPing, RaftPacket
 from ftray.wire.values import ERROR as ERROR
 from ftray.wire.values import IN_STORE as IN_STORE
 from ftray.wire.values import INLINE as INLINE
@@ -488,8 +489,7 @@ class GcsCommand(Message, tag=61):
 
 
 class GcsRead(Message, tag=62):
-    """Read one record (`key` given, or the namespace and name of a live actor) or a whole table. `wait`: answer only
-    when the key exists."""
+    """Read a record (by key, or a live actor by namespace and name), or a whole table. `wait`: until the key exists."""
 
     request: int
     table: str
@@ -589,7 +589,7 @@ ANY_MESSAGE = (
     | DeathCauseKnown | LogLines | WorkerAssigned | CreateActor | ExitWorker
     | WorkerDoomed | LeaseEnvironmentFailed | AskClient | StorePressure
     | GcsHello | GcsCommand | GcsRead | GcsWatch | GcsResult | GcsChanges | GcsHeartbeat
-    | StartActor | StopActor | JobEnded | NodeFenced
+    | StartActor | StopActor | JobEnded | NodeFenced | GcsHeads | GcsNoLeader | GcsPing | RaftPacket
     | ToolQuery | ToolReply
 )  # fmt: skip
 

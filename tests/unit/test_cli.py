@@ -68,10 +68,11 @@ def test_each_option_has_a_help_text_and_each_command_has_json(name: str) -> Non
     context = click.Context(main)
     command = main.get_command(context, name)
     assert command is not None
-    options = [option for option in command.params if isinstance(option, click.Option)]
-    assert any(option.name == "as_json" for option in options)
-    for option in options:
-        assert option.help, option.name
+    for each in command.commands.values() if isinstance(command, click.Group) else [command]:
+        options = [option for option in each.params if isinstance(option, click.Option)]
+        assert any(option.name == "as_json" for option in options)
+        for option in options:
+            assert option.help, option.name
     assert COMMANDS[name][1].endswith(".")
 
 
@@ -99,6 +100,14 @@ def test_version() -> None:
         (["start", "--address", "host:99999"], "HOST:PORT"),
         (["start", "--address", "h:1", "--port", "5"], "--port"),
         (["start", "--head", "--port", "70000"], "70000"),
+        (["start", "--heads", "h:1"], "--head"),
+        (["start", "--address", "h:1", "--gcs-dir", "x"], "--gcs-dir"),
+        (["start", "--head", "--heads", "h:1", "--address", "h:1"], "either --heads"),
+        (["start", "--head", "--heads", "h:1,h:2"], "more than one of the heads (h:1, h:2)"),
+        (["start", "--head", "--heads", "h:1,h:2", "--port", "3"], "none of the heads"),
+        (["start", "--head", "--heads", "h:1,h:1"], "twice"),
+        (["heads", "add", "nowhere"], "HOST:PORT"),
+        (["heads", "nonsense"], "No such command"),
         (["start", "--head", "--num-cpus", "-1"], "at least 0"),
         (["start", "--head", "--num-cpus", "nan"], "at least 0"),
         (["start", "--head", "--num-cpus", "many"], "not a number"),
@@ -137,7 +146,10 @@ def test_amounts_objects_and_addresses() -> None:
 
 
 def options(**given: Any) -> dict[str, Any]:
-    names = ("head", "address", "port", "num_cpus", "num_gpus", "memory", "resources", "labels", "object_store_memory")
+    names = (
+        "head", "address", "heads", "gcs_dir", "port", "num_cpus", "num_gpus", "memory", "resources", "labels",
+        "object_store_memory",
+    )  # fmt: skip
     return {**dict.fromkeys(names), "host": "127.0.0.1", "session_root": None, "block": False, **given}
 
 
@@ -150,10 +162,35 @@ def test_the_spec_of_a_head_and_of_a_node_that_joins() -> None:
     assert _spec(options(head=True, port=0))["port"] == 0
 
 
+def test_the_spec_of_one_of_several_heads(tmp_path: Path) -> None:
+    def head(**given: Any) -> dict[str, Any]:
+        return _spec(options(**{"head": True, "host": None, "session_root": str(tmp_path), **given}))
+
+    same = head(heads="127.0.0.1:1,127.0.0.1:2", port=2)
+    assert same["heads"] == ["tcp:127.0.0.1:1", "tcp:127.0.0.1:2"] and not same["join"]
+    assert (same["head_endpoint"], same["host"], same["port"]) == ("tcp:127.0.0.1:2", "127.0.0.1", 2)
+    assert same["gcs_dir"] == str(tmp_path / "gcs-127.0.0.1-2")
+    others = head(heads="a:6380,b:6380", host="b", gcs_dir=str(tmp_path))
+    assert (others["head_endpoint"], others["gcs_dir"]) == ("tcp:b:6380", str(tmp_path))
+    everywhere = head(heads="a:1,b:2", host="0.0.0.0", port=1)
+    assert (everywhere["head_endpoint"], everywhere["host"], everywhere["port"]) == ("tcp:a:1", "0.0.0.0", 1)
+    new = head(address="a:1,b:2", host="c", port=3)
+    assert new["join"] and new["heads"] == ["tcp:a:1", "tcp:b:2"] and new["head_endpoint"] == "tcp:c:3"
+    assert "head_endpoint" not in head() and "head_endpoint" not in head(gcs_dir=str(tmp_path))
+    (tmp_path / "heads.journal").touch()
+    again = head(gcs_dir=str(tmp_path), host="b", port=2)
+    assert (again["head_endpoint"], again["heads"], again["join"]) == ("tcp:b:2", [], False)
+
+
+def test_one_of_several_heads_needs_the_token() -> None:
+    result = run("start", "--head", "--heads", "127.0.0.1:1,127.0.0.1:2", "--port", "2")
+    assert result.exit_code == 1 and "FTRAY_TOKEN" in result.stderr and "token_hex" in result.stderr
+
+
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arguments", [["status"], ["stop"], ["logs"]])
+@pytest.mark.parametrize("arguments", [["status"], ["stop"], ["logs"], ["heads", "list"]])
 def test_no_cluster_is_exit_code_3_with_and_without_json(arguments: list[str]) -> None:
     result = run(*arguments)
     assert result.exit_code == 3

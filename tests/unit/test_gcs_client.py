@@ -103,7 +103,16 @@ class Follower:
     def flush(self) -> None:
         pass
 
+    def next_wake_ms(self) -> float:
+        return float("inf")
+
+    def confirm(self, confirmed: Callable[[bool], None]) -> None:
+        raise AssertionError("there are no reads in this test")
+
     def on_change(self, callback: Callable[[Sequence[Change]], None]) -> Callable[[], None]:
+        return lambda: None
+
+    def on_reset(self, callback: Callable[[], None]) -> Callable[[], None]:
         return lambda: None
 
     def close(self) -> None:

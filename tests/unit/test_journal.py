@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from ftray.gcs import journal as journal_module
 from ftray.gcs import journal_format
+from ftray.gcs.files import OsFiles
 from ftray.gcs.journal import Journal
 from ftray.gcs.journal_format import ENTRY, FRAME_HEAD_BYTES, HEADER_BYTES, META, SNAPSHOT, Record
 from ftray.gcs.state.errors import (
@@ -364,7 +364,7 @@ def test_a_new_name_that_may_not_last_closes_the_journal(path: Path, monkeypatch
     journal = Journal.open(path, CLUSTER)
     list(journal.replay())
     open_files = len(os.listdir("/proc/self/fd"))
-    monkeypatch.setattr(journal_module, "_sync_directory", lambda directory: broken(-1))
+    monkeypatch.setattr(OsFiles, "sync_directory", lambda files, directory: broken(-1))
     with pytest.raises(JournalFailedError):
         journal.compact(b"state", 1, 1)
     assert len(os.listdir("/proc/self/fd")) == open_files - 2

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from ftray.demo.job import GATHERER as CONSTRUCTOR
-from ftray.demo.killer import GATHERER, WORKER, Kill, Killer, schedule
+from ftray.demo.killer import GATHERER, LEADER, WORKER, Kill, Killer, schedule
 from ftray.demo.trace import History, TraceReader, clock_ms, traced
 from ftray.exceptions import FtrayError
 
@@ -75,6 +75,7 @@ def test_the_schedule_is_one_kill_in_each_period_with_two_for_the_gatherer() -> 
     plan = list(schedule(random.Random(1), 9, 100.0))
     assert [int(at_ms // 100) for at_ms, _ in plan] == list(range(9))
     assert [number for number, (_, victim) in enumerate(plan) if victim == GATHERER] == [2, 5]
+    assert [number for number, (_, victim) in enumerate(plan) if victim == LEADER] == [1, 6]
     assert plan == list(schedule(random.Random(1), 9, 100.0))
     assert plan == list(itertools.islice(schedule(random.Random(1), None, 100.0), 9))
     assert list(schedule(random.Random(1), 0, 100.0)) == []
@@ -194,3 +195,27 @@ def test_a_session_that_is_gone_has_no_victims(scene: Scene) -> None:
     scene.killer.step()
     assert scene.said == []
     assert scene.dead() == []
+
+
+def test_the_leader_is_killed_by_who_knows_it_and_waited_for() -> None:
+    """None leads at first; then it is killed, and no other before a write has been answered."""
+    answers: list[Kill | None] = [None, Kill(LEADER, 9, 0.0, "the control service"), Kill(LEADER, 10, 1.0)]
+    said: list[Kill] = []
+    killer = Killer(
+        plan=iter([(0.0, LEADER), (0.0, LEADER)]),
+        rng=random.Random(1),
+        history=History(),
+        status=lambda: {"workers": []},
+        on_kill=said.append,
+        on_recovery=lambda kill: None,
+        kill_leader=lambda: answers.pop(0),
+    )
+    killer.step()
+    assert said == []
+    killer.step()
+    assert [kill.pid for kill in said] == [9]
+    killer.step()
+    assert len(answers) == 1, "the first one has not been recovered from"
+    said[0].recovery_ms = 12.0
+    killer.step()
+    assert [kill.pid for kill in killer.kills] == [9, 10]

@@ -36,6 +36,7 @@ LOGIC = (
     "ftray.runtime_env",
     "ftray.wire.frames",
     "ftray.wire.handshake",
+    "ftray.wire.head_messages",
     "ftray.wire.messages",
     "ftray.wire.values",
     "chaos.checkers",
@@ -68,6 +69,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "ftray.cli": EVERYTHING,
     "ftray.demo": EVERYTHING,
     "ftray.perf": EVERYTHING,
+    "ftray.sim": (*CORE, "chaos.checkers"),
     "chaos": EVERYTHING,
     "chaos.checkers": (),
 }

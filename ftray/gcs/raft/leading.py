@@ -101,6 +101,10 @@ class Leading:
         """The voters beside this one."""
         return [each.replica_id for each in self._log.members if each.voter and each.replica_id != self._me]
 
+    def hand_over(self) -> None:
+        """Lets another head lead."""
+        self._handing_over = self._engine.leads and bool(self.others())
+
     def next_wake_ms(self, now_ms: float) -> float:
         """When to try again to hand over."""
         if self.resigning and self._engine.leads:

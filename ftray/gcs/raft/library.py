@@ -391,9 +391,13 @@ class Engine:
 
     def on_ack(self, peer: bytes, ack: m.Ack) -> None:
         """An acknowledgement of this term."""
+        next_index = max(1, min(ack.next_index, self.last_index + 1))
+        if not ack.success:
+            # Of several messages on their way that don't fit, the first says how far to go back. The later ones only
+            # say that there is a gap: going forward again to it would bring the same messages, for ever.
+            next_index = min(next_index, self._raft._SyncObj__raftNextIndex.get(self.node(peer), next_index))
         self._receive(peer, {
-            "type": "next_node_idx", "reset": ack.reset, "success": ack.success,
-            "next_node_idx": max(1, min(ack.next_index, self.last_index + 1)),
+            "type": "next_node_idx", "reset": ack.reset, "success": ack.success, "next_node_idx": next_index,
         })  # fmt: skip
 
     def on_vote_request(self, peer: bytes, event: m.VoteRequest) -> None:

@@ -115,8 +115,16 @@ class Peers:
         return sorted(
             (peer.hello.replica_id, peer.hello.endpoint)
             for peer in self._links.values()
-            if peer.hello is not None and peer.hello.joining and find(self._log.members, peer.hello.replica_id) is None
+            if peer.hello is not None and self._waits(peer.hello)
         )
+
+    def _waits(self, hello: Hello) -> bool:
+        """Whether a head is to be added by a command. Also one that was being added when the leader fell: it has taken
+        over a table that was never committed."""
+        if find(self._log.members, hello.replica_id) is not None:
+            return False
+        as_it_thinks = find(hello.members, hello.replica_id)
+        return hello.joining or (hello.active and as_it_thinks is not None and not as_it_thinks.voter)
 
     def wanted(self) -> list[str]:
         """Endpoints of heads that there should be a link to, and is none."""
@@ -321,7 +329,7 @@ def check_heads(raft_log: RaftLog, endpoint: str, heads: Sequence[str], join: bo
                 "started with: give all heads the same list, with each of them"
             )
         return
-    known = sorted(member.endpoint for member in members)
+    known = sorted({member.endpoint for member in members})  # two share one while a head is being replaced
     if heads and not join and sorted(set(heads)) != known:
         raise MembershipMismatchError(
             f"this head was started with the heads {', '.join(sorted(set(heads)))}, but the cluster, as its disk knows "

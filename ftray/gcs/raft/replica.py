@@ -215,6 +215,11 @@ class RaftReplica:
         self._require_open()
         self._desk.table_requests.append((lambda table: membership.remove(table, replica_id), reply))
 
+    def hand_over(self) -> None:
+        """Lets another head lead, if this one does."""
+        if self._leading is not None:
+            self._leading.hand_over()
+
     def resign(self) -> None:
         """Begins a clean stop: takes no more commands, and hands over. Close when `resigned`, or after a while."""
         self._resigning = True
