@@ -18,6 +18,7 @@ Rejected: models that only accept or refuse a recorded result (a report could no
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping
 from enum import Enum
 from typing import ClassVar, Final, TypeAlias
@@ -55,20 +56,20 @@ class ModelError(HistoryError):
     """A model contradicts itself, so that no verdict can be trusted. Correct the model."""
 
 
-class Model:
+class Model(ABC):
     """Base of all models."""
 
     name: ClassVar[str] = "object"
     actions: ClassVar[Mapping[str, int]] = {}
     """How many arguments each action takes."""
 
+    @abstractmethod
     def initial(self) -> State:
         """The state of a new object."""
-        raise NotImplementedError
 
+    @abstractmethod
     def apply(self, state: State, action: str, arguments: tuple[Value, ...]) -> tuple[State, Value]:
         """The state after the action, and its result."""
-        raise NotImplementedError
 
     def key(self, operation: Operation) -> Hashable:
         """The part of the object that the operation touches."""
