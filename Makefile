@@ -32,7 +32,7 @@ lint: $(DEV) ## ruff, mypy --strict, and the rules of who may import whom
 	$(VENV)/bin/mypy --strict ftray chaos
 	$(VENV)/bin/python -m pytest -q tests/unit/test_layers.py
 
-sim: $(RUNTIME) ## a longer search in the simulator (SIM_ARGS='--seeds 0..999 --heads 5')
+sim: $(DEV) ## a longer search in the simulator (SIM_ARGS='--seeds 0..999 --heads 5')
 	$(VENV)/bin/ftray sim run $(SIM_ARGS)
 
 bench: $(RUNTIME) ## the microbenchmark, on Ray too; writes docs/benchmarks.md (BENCH_ARGS= for ours alone)

@@ -1,7 +1,7 @@
 """Print the lowest versions that pyproject.toml allows, as constraints for pip.
 
 `make test-lower-bounds` installs exactly these and runs the tests, so that a lower bound is a tested claim. Reads the
-runtime dependencies and the extra `test`; an extra that names the project itself (`ftray[test]`) is not followed.
+runtime dependencies and the extra `test`, with the extras of the project itself that it names (`ftray[sim]`).
 A requirement without `>=` is an error: nothing could be pinned, and whatever is newest would be tested instead.
 
 Usage: python .ci/lower_bounds.py [pyproject.toml] > constraints.txt
@@ -32,8 +32,17 @@ def lower_bound(requirement: str) -> str:
 def constraints(pyproject: dict[str, Any]) -> list[str]:
     """Constraints for the runtime dependencies and the extra `test` of a parsed pyproject.toml, sorted."""
     project = pyproject["project"]
-    requirements = project["dependencies"] + project.get("optional-dependencies", {}).get("test", [])
+    requirements = project["dependencies"] + _extra(project, "test")
     return sorted(lower_bound(requirement) for requirement in requirements)
+
+
+def _extra(project: dict[str, Any], name: str) -> list[str]:
+    own = re.compile(re.escape(project["name"]) + r"\[([a-z-]+)\]")
+    requirements: list[str] = []
+    for requirement in project.get("optional-dependencies", {}).get(name, []):
+        extra = own.fullmatch(requirement.strip())
+        requirements += _extra(project, extra[1]) if extra else [requirement]
+    return requirements
 
 
 def main() -> int:

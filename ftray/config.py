@@ -77,6 +77,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     """Items of a generator task that may wait unread, unless the task says otherwise."""
     generator_ahead_bytes_max: int = 16 << 20
     """A generator waits while its unread items have this many bytes, however few they are."""
+    job_wait_ms: int = 10_000
+    """A program that joins while the GCS has no leader waits this long for one, and no more than 15 s."""
     wait_warning_ms: int = 60_000
     """A `get` that has waited this long says in a warning what it waits for."""
     value_bytes_max: int = 64 << 20

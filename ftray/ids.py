@@ -10,6 +10,7 @@ reproducible); a hash per task (1 us where a concatenation is 0.1 us).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from hashlib import blake2b
 
 JOB_ID_BYTES = 4
@@ -18,6 +19,12 @@ WORKER_ID_BYTES = 16
 PREFIX_BYTES = 12
 TASK_ID_BYTES = 16
 OBJECT_ID_BYTES = 20
+
+GROUP_ID_BYTES = 16
+"""Of a placement group."""
+
+BUNDLE = "bundle"
+BUNDLE_PLACES = 1000.0
 
 PUT_INDEX = b"\xff\xff\xff\xff"
 """The index part of an object made by `put`: no task has that many returns."""
@@ -44,6 +51,31 @@ def return_id(task_id: bytes, index: int) -> bytes:
 def content_hash(data: bytes) -> bytes:
     """The 16-byte id under which a function or class is exported: equal bytes, equal id."""
     return blake2b(data, digest_size=16).digest()
+
+
+def group_resource(name: str, group_id: bytes, index: int | None = None) -> str:
+    """What the resource `name` is called inside of a bundle of a placement group, or of any of its bundles."""
+    return f"{name}_group_{group_id.hex()}" if index is None else f"{name}_group_{index}_{group_id.hex()}"
+
+
+def group_of_resource(name: str) -> bytes | None:
+    """The placement group of a name that `group_resource` has made; None for other names."""
+    before, inside, rest = name.rpartition("_group_")
+    try:
+        return bytes.fromhex(rest.rpartition("_")[2]) if inside and before else None
+    except ValueError:
+        return None
+
+
+def bundle_resources(group_id: bytes, index: int, resources: Mapping[str, float]) -> dict[str, float]:
+    """What a bundle offers once it is committed: its resources under names of its own and of its group, and places
+    (`bundle`) for what needs no resources but is to run in it."""
+    offered: dict[str, float] = {}
+    for name, amount in (*resources.items(), (BUNDLE, BUNDLE_PLACES)):
+        if amount:
+            offered[group_resource(name, group_id, index)] = amount
+            offered[group_resource(name, group_id)] = amount
+    return offered
 
 
 def short(identifier: bytes) -> str:

@@ -11,9 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ftray.gcs import compaction
+from ftray.gcs.compaction import Whole
 from ftray.gcs.journal import Journal
 from ftray.gcs.journal_format import ENTRY, META, SNAPSHOT, Record
 from ftray.gcs.state.errors import JournalError
@@ -83,6 +86,36 @@ def test_what_was_written_comes_back(written: list[list[Record]], closed: bool, 
         expected = write(path, written, closed, snapshot)
         assert replay(path) == flat(expected)
         assert replay(path) == flat(expected)
+
+
+@given(batches, st.binary(max_size=60), batches, st.lists(st.integers(0, 3)), st.integers(1, 40), st.booleans())
+def test_a_compaction_in_pieces_takes_over_what_comes_meanwhile(
+    written: list[list[Record]], state: bytes, meanwhile: list[list[Record]], steps: list[int], piece: int, stop: bool
+) -> None:
+    """Batches and steps in any order. A crash leaves the old journal or the new one, and all batches."""
+    with journal_path() as path, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compaction, "SLICE_BYTES", piece)
+        patch.setattr(compaction, "FINISH_BYTES", piece)
+        before = write(path, written, False, None)
+        journal = Journal.open(path, CLUSTER, fsync=False)
+        assert list(journal.replay()) == flat(before)
+        running = journal.begin_compaction(Whole(state), 1, 1, flat(before))
+        ended = False
+        for number, batch in enumerate(meanwhile):
+            journal.append(batch)
+            journal.sync()
+            for _ in range(steps[number] if number < len(steps) else 0):
+                ended = ended or running.step()
+        while not ended and not stop:
+            ended = running.step()
+        if not ended:
+            running.abort()
+        last = Record(ENTRY, 1, 2, b"last")
+        journal.append([last])
+        journal.sync()
+        journal._release()
+        expected = [*flat(before), *flat(meanwhile), last]
+        assert replay(path) == ([Record(SNAPSHOT, 1, 1, state), *expected] if ended else expected)
 
 
 @given(batches, st.none() | st.binary(max_size=50), st.data())

@@ -64,7 +64,8 @@ def disturb(world: World) -> None:
         host.disk.full = True
         world.later(rng.uniform(20, 500), lambda: setattr(host.disk, "full", False))
     elif kind == "compact" and host.replica is not None and host.frozen is None and not host.disk.full:
-        host.replica.compact()
+        host.replica.begin_compaction()
+        host.turn()
     elif kind == "resign" and host.replica is not None and host.frozen is None:
         host.replica.resign()
         host.turn()
@@ -160,9 +161,9 @@ def take_any_log(patch: pytest.MonkeyPatch) -> None:
 
 def apply_twice(patch: pytest.MonkeyPatch) -> None:
     """No sessions: a repeated command takes effect again."""
-    patch.setattr(GcsState, "recall", lambda state, client, sequence: None)
+    patch.setattr(GcsState, "recall", lambda state, client, sequence, checksum=0: None)
     real = GcsState.apply
-    patch.setattr(GcsState, "apply", lambda state, client, sequence, command: real(state, b"", 0, command))
+    patch.setattr(GcsState, "apply", lambda state, client, sequence, command, *rest: real(state, b"", 0, command))
 
 
 @pytest.mark.parametrize("plant", [sync_later, take_any_log, apply_twice])

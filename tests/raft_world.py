@@ -14,86 +14,18 @@ from __future__ import annotations
 
 import heapq
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from ftray.gcs.journal_format import SNAPSHOT, Record
+from raft_disk import CLUSTER as CLUSTER
+from raft_disk import CrashError, Disk, MemoryJournal
+
 from ftray.gcs.raft.replica import RaftReplica, Timing
 from ftray.gcs.replica import Request
 from ftray.gcs.state.commands import KvPut, encode_command
-from ftray.gcs.state.errors import GcsError, JournalClosedError, JournalWriteError
+from ftray.gcs.state.errors import GcsError
 from ftray.gcs.state.tables import Code, Result
-
-CLUSTER = b"C" * 16
-
-
-class CrashError(BaseException):
-    """The process dies here."""
-
-
-class Disk:
-    """What survives a crash."""
-
-    def __init__(self, replica_id: bytes) -> None:
-        self.replica_id = replica_id
-        self.records: list[Record] = []
-        self.size = 0
-        self.full = False
-        self.crash_in_sync: bool | None = None
-        """The next sync crashes; True: after it was made durable."""
-
-
-class MemoryJournal:
-    """A journal on a `Disk`."""
-
-    def __init__(self, disk: Disk) -> None:
-        self.disk = disk
-        self.cluster_id = CLUSTER
-        self.replica_id = disk.replica_id
-        self.syncs = 0
-        self._buffer: list[Record] = []
-        self._open = True
-
-    @property
-    def size_bytes(self) -> int:
-        return self.disk.size
-
-    def replay(self) -> Iterator[Record]:
-        yield from list(self.disk.records)
-
-    def append(self, records: Iterable[Record]) -> None:
-        self._check()
-        self._buffer += records
-
-    def sync(self) -> None:
-        self._check()
-        batch, self._buffer = self._buffer, []
-        if self.disk.full:
-            raise JournalWriteError("the disk is full")
-        crash, self.disk.crash_in_sync = self.disk.crash_in_sync, None
-        if crash is False:
-            raise CrashError
-        self.syncs += 1
-        self.disk.records += batch
-        self.disk.size += sum(60 + len(record.payload) for record in batch)
-        if crash:
-            raise CrashError
-
-    def compact(self, snapshot: bytes, term: int, index: int, keep: Iterable[Record] = ()) -> None:
-        self._check()
-        assert not self._buffer
-        if self.disk.full:
-            raise JournalWriteError("the disk is full")
-        self.disk.records = [Record(SNAPSHOT, term, index, snapshot), *keep]
-        self.disk.size = sum(60 + len(record.payload) for record in self.disk.records)
-
-    def close(self) -> None:
-        self._open = False
-
-    def _check(self) -> None:
-        if not self._open:
-            raise JournalClosedError("closed")
 
 
 class Link:

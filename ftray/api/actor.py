@@ -34,7 +34,7 @@ from ftray.api.options import (
 )
 from ftray.api.signatures import Arity
 from ftray.exceptions import ActorDiedError, ActorExit, GetTimeoutError
-from ftray.gcs.state.commands import KvPut, RegisterActor
+from ftray.gcs.state.commands import JobKvPut, RegisterActor
 from ftray.gcs.state.tables import ActorRecord, ActorState
 from ftray.ids import return_id
 from ftray.ownership.calls import ActorCalls
@@ -42,12 +42,12 @@ from ftray.ownership.tasks import FunctionInfo, TaskRecord
 from ftray.wire.messages import ActorCreation
 from ftray.worker.actor_creation import NONE_PICKLED
 from ftray.worker.core import Core, core_or_none, current_task, get_core
-from ftray.worker.gcs_access import HANDLES
+from ftray.worker.gcs_access import HANDLES, wait_for_gcs
 from ftray.worker.objects import Answer
 from ftray.worker.refs import ObjectRef, check_current
 from ftray.worker.serialization import serialize_function
 from ftray.worker.submit import INDEX0
-from ftray.worker.waiting import FAILED, INLINE, block
+from ftray.worker.waiting import FAILED, INLINE
 
 HELD_WAIT_S = 1.0
 
@@ -125,7 +125,7 @@ class ActorClass:
             if name:
                 named = msgspec.msgpack.encode(NamedFacts(core.endpoint, facts))
                 with core.lock:
-                    core.gcs.command(KvPut(HANDLES, actor_id, named), lambda result: None)
+                    core.gcs.command(JobKvPut(core.job_id, HANDLES, actor_id, named), lambda result: None)
             made = core.actors.creation.create(creation, register, deps, holds, wait=bool(name))
             handle_ref: ObjectRef[Any] = ObjectRef(actor_id + INDEX0, core)
             if made == actor_id:
@@ -376,7 +376,7 @@ def _find(core: Core, name: str, namespace: str) -> ActorHandle | None:
     with core.lock:
         core.gcs.named_actor(namespace, name, answer.give)
         core.settle()
-    block(core.reactor, answer.waiter, None)
+    wait_for_gcs(core, answer, f"looking for actor {name!r}")
     core.check_open()
     return None if answer.message is None else _handle_of(core, answer.message)
 
@@ -386,7 +386,8 @@ def _handle_of(core: Core, record: ActorRecord) -> ActorHandle | None:
     with core.lock:
         core.gcs.read_kv(HANDLES, record.actor_id, answer.give)
         core.settle()
-    block(core.reactor, answer.waiter, None)
+    wait_for_gcs(core, answer, f"looking for actor {record.name!r}")
+    core.check_open()
     if answer.message is None:
         return None
     named = msgspec.msgpack.decode(answer.message, type=NamedFacts)
@@ -433,7 +434,7 @@ def current_actor(core: Core) -> ActorHandle:
     with core.lock:
         core.gcs.actor(executor.actor_id, answer.give)
         core.settle()
-    block(core.reactor, answer.waiter, None)
+    wait_for_gcs(core, answer, "current_actor")
     core.check_open()
     if answer.message is None:
         raise RuntimeError("the GCS does not know this actor any more")
@@ -454,7 +455,7 @@ def _actor_records(core: Core) -> list[ActorRecord]:
     with core.lock:
         core.gcs.actors(answer.give)
         core.settle()
-    block(core.reactor, answer.waiter, None)
+    wait_for_gcs(core, answer, "list_named_actors()")
     core.check_open()
     if answer.message is None:
         raise ActorDiedError("no GCS answers")

@@ -16,6 +16,7 @@ from ftray.wire.handshake import ROLE_TOOL
 from ftray.wire.messages import Message, ToolQuery, ToolReply
 from ftray.wire.reactor import Link
 from ftray.worker.core import Core, get_core
+from ftray.worker.gcs_access import wait_for_gcs
 from ftray.worker.objects import Answer
 from ftray.worker.waiting import block
 
@@ -166,7 +167,7 @@ def nodes() -> list[dict[str, Any]]:
     with core.lock:
         core.gcs.nodes(answer.give)
         core.settle()
-    block(core.reactor, answer.waiter, None)
+    wait_for_gcs(core, answer, "ftray.nodes()")
     core.check_open()
     return [
         {

@@ -13,7 +13,7 @@ from typing import Any
 
 from ftray.api.output import OutputPrinter
 from ftray.config import Config
-from ftray.exceptions import FtrayError
+from ftray.exceptions import FtrayError, GcsUnavailableError
 from ftray.ids import driver_prefix
 from ftray.runtime_env import THREAD_VARIABLES, decode
 from ftray.store.arena import Arena
@@ -43,7 +43,8 @@ def join(
     """Connects to the node that `info` describes; this process is its driver from then on.
 
     `own_node` says that this process has started the node, which has inherited its environment variables. Raises
-    AuthenticationError, ClusterNotFoundError, FtrayError, and for `runtime_env` as `packaging.pack_environment` does.
+    AuthenticationError, ClusterNotFoundError, GcsUnavailableError, FtrayError, and for `runtime_env` as
+    `packaging.pack_environment` does.
     """
     worker_id = os.urandom(16)
     session_dir: str = info["session_dir"]
@@ -77,7 +78,8 @@ def join(
             raise answer.error
         registered = answer.message
         if registered.error:
-            raise FtrayError(f"the node refused this driver: {registered.error}")
+            kind = GcsUnavailableError if registered.gcs_away else FtrayError
+            raise kind(f"the node refused this driver: {registered.error}")
     except BaseException:
         core.closed = True
         set_default_ref_loader(None)

@@ -95,9 +95,9 @@ def init(
     program: variables, files, modules, a hook.
 
     Returns a `Session`, usable as a context manager. Raises AlreadyInitializedError (unless `ignore_reinit_error`),
-    ClusterNotFoundError when there is nothing to join, AuthenticationError for a wrong token, ValueError or TypeError
-    for wrong arguments, RuntimeEnvSetupError for a runtime_env that can't be packed or that this version has not,
-    FtrayError when the node cannot start.
+    ClusterNotFoundError when there is nothing to join, GcsUnavailableError when too few of its heads run,
+    AuthenticationError for a wrong token, ValueError or TypeError for wrong arguments, RuntimeEnvSetupError for a
+    runtime_env that can't be packed or that this version has not, FtrayError when the node cannot start.
     """
     global _session, _registered_at_fork
     _check_others(others)

@@ -39,9 +39,9 @@ from ftray.ownership.tasks import FunctionInfo
 from ftray.raylet.packages import CHUNK_BYTES, DEPTH_MAX, Manifest, PackageError, check_members, chunk_key, package_uri
 from ftray.runtime_env import PACKAGE_URI, RuntimeEnv, decode, encode, merge
 from ftray.worker.core import Core
+from ftray.worker.gcs_access import wait_for_gcs
 from ftray.worker.objects import Answer
 from ftray.worker.serialization import serialize_function
-from ftray.worker.waiting import block
 
 log = logging.getLogger("ftray")
 
@@ -409,7 +409,7 @@ def _upload(core: Core, field: str, full: str, data: bytes, suffix: str) -> str:
     with core.lock:
         core.gcs.read_kv(PACKAGES, digest, there.give)
         core.settle()
-    block(core.reactor, there.waiter, None)
+    wait_for_gcs(core, there, "uploading a runtime_env")
     if there.message is None:
         log.info("%s: uploading %s (%d bytes)", field, full, len(data))
         chunk_bytes = min(CHUNK_BYTES, core.config.value_bytes_max)
@@ -435,7 +435,7 @@ def _put(core: Core, what: str, namespace: str, key: bytes, value: bytes) -> Non
         core.check_open()
         core.gcs.command(KvPut(namespace, key, value), stored.give)
         core.settle()
-    block(core.reactor, stored.waiter, None)
+    wait_for_gcs(core, stored, "uploading a runtime_env")
     result = stored.message
     core.check_open()
     if result is None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import click
@@ -20,10 +21,12 @@ from ftray.cli.launch import TOKEN_REMEDY
 from ftray.cli.options import addresses, json_option, session_root_option
 from ftray.cli.output import NOT_FOUND, Failure, finish
 from ftray.cli.tool import ToolClient, ToolError
-from ftray.exceptions import AuthenticationError, FtrayError
+from ftray.exceptions import AuthenticationError, FtrayError, ProtocolError
 
 ASK_TIMEOUT_S = 3.0
 DONE_TIMEOUT_S = 60.0
+GUEST_TIMEOUT_S = 5.0
+"""So long a new head may take, once it is ready, to find the leader."""
 POLL_S = 0.05
 _SHOWN = ("role", "term", "last_index", "commit_index", "applied_index", "pid")
 
@@ -44,7 +47,8 @@ def command() -> None:
       ftray heads add d:6380
       ftray heads replace c:6380 d:6380   # d takes the place of c, whose disk is lost
       ftray heads remove c:6380
-      ftray heads transfer                # another head leads, before work on this machine
+      ftray heads transfer                # another head leads, before work on the machine of the one that does
+      ftray heads transfer b:6380         # the head at b leads
 
     \b
     Exit codes:
@@ -85,8 +89,8 @@ def replace_command(old: str, new: str, address: str | None, session_root: str |
     NEW runs and waits for it (`ftray start --head --address ...`). It may have the address of OLD. It is given the
     state first, then votes, then OLD goes: the cluster is never weaker than before.
     """
-    endpoint = _endpoint(new)
-    finish(as_json, lambda: _add(_Heads(address, session_root), endpoint, _name(old)), _show)
+    endpoint, former = _endpoint(new), _name(old)
+    finish(as_json, lambda: _add(_Heads(address, session_root), endpoint, former), _show)
 
 
 @command.command("remove")
@@ -94,14 +98,20 @@ def replace_command(old: str, new: str, address: str | None, session_root: str |
 @_common
 def remove_command(head: str, address: str | None, session_root: str | None, as_json: bool) -> None:
     """Remove HEAD (HOST:PORT, or the beginning of its replica's id). If it runs, its node goes on as a plain node."""
-    finish(as_json, lambda: _remove(_Heads(address, session_root), _name(head)), _show)
+    name = _name(head)
+    finish(as_json, lambda: _remove(_Heads(address, session_root), name), _show)
 
 
 @command.command("transfer")
+@click.argument("head", required=False, default="")
 @_common
-def transfer_command(address: str | None, session_root: str | None, as_json: bool) -> None:
-    """Let another head lead."""
-    finish(as_json, lambda: _transfer(_Heads(address, session_root)), _show)
+def transfer_command(head: str, address: str | None, session_root: str | None, as_json: bool) -> None:
+    """Let HEAD lead (HOST:PORT, or the beginning of its replica's id), or any other one if none is named.
+
+    It must be connected, vote, and be up to date. The command returns when it leads. Requests wait meanwhile.
+    """
+    name = _name(head) if head else ""
+    finish(as_json, lambda: _transfer(_Heads(address, session_root), name), _show_transfer)
 
 
 def _endpoint(text: str) -> str:
@@ -114,6 +124,8 @@ def _endpoint(text: str) -> str:
 
 def _name(text: str) -> str:
     """An endpoint, or the beginning of a replica's id as it is."""
+    if not text.strip():
+        raise click.BadParameter("the name of a head is empty")
     return _endpoint(text) if ":" in text else text
 
 
@@ -142,6 +154,8 @@ class _Heads:
         except ValueError:
             raise Failure("FTRAY_TOKEN is not a token: it must be the hexadecimal text of a token file") from None
         self.failures: dict[str, str] = {}
+        self.silent: set[str] = set()
+        """Those of them at which nobody answers at all."""
 
     def ask(self, at: str, what: str, **arguments: Any) -> Any:
         with ToolClient(at, self.token, timeout_s=ASK_TIMEOUT_S) as client:
@@ -150,32 +164,47 @@ class _Heads:
     def statuses(self) -> dict[str, dict[str, Any]]:
         """What each head says of itself, by endpoint; those that are named by the others are asked, too."""
         found: dict[str, dict[str, Any]] = {}
-        self.failures = {}
-        todo = list(self.endpoints)
-        for endpoint in todo:
-            try:
-                found[endpoint] = self.ask(endpoint, "heads")
-            except AuthenticationError:
-                raise Failure(f"the head at {_short(endpoint)} does not accept the token", TOKEN_REMEDY) from None
-            except (OSError, FtrayError) as error:
-                self.failures[endpoint] = getattr(error, "strerror", None) or str(error)
-                continue
-            named = [each["endpoint"] for each in (*found[endpoint]["members"], *found[endpoint]["guests"])]
-            todo += [each for each in dict.fromkeys(named) if each not in todo]
+        self.failures, self.silent = {}, set()
+        todo = list(dict.fromkeys(self.endpoints))
+        known = set(todo)
+        while todo:
+            with ThreadPoolExecutor(len(todo)) as pool:  # all at once: one that is frozen takes its time
+                answers = list(pool.map(self._status, todo))
+            found |= {endpoint: status for endpoint, status in zip(todo, answers, strict=True) if status is not None}
+            named = [
+                endpoint
+                for status in answers
+                if status is not None
+                for endpoint in (*status["heads"], *(guest["endpoint"] for guest in status["guests"]))
+            ]
+            todo = [endpoint for endpoint in dict.fromkeys(named) if endpoint not in known]
+            known.update(todo)
         if not found:
             tried = "; ".join(f"{_short(endpoint)}: {why}" for endpoint, why in self.failures.items())
-            raise Failure(
-                f"no head answers as one of several ({tried})",
-                "a cluster whose head was started without --heads has only that one",
-                NOT_FOUND,
-            )
+            if self.silent == set(self.failures):
+                remedy = "start the heads, each with its directory: what was acknowledged is on their disks"
+            else:
+                remedy = "a cluster whose head was started without --heads has only that one"
+            raise Failure(f"no head answers as one of several ({tried})", remedy, NOT_FOUND)
         return found
+
+    def _status(self, endpoint: str) -> dict[str, Any] | None:
+        try:
+            status: dict[str, Any] = self.ask(endpoint, "heads")
+        except AuthenticationError:
+            raise Failure(f"the head at {_short(endpoint)} does not accept the token", TOKEN_REMEDY) from None
+        except (OSError, FtrayError) as error:
+            self.failures[endpoint] = getattr(error, "strerror", None) or str(error)
+            if not isinstance(error, FtrayError):
+                self.silent.add(endpoint)
+            return None
+        return status
 
     def leader(self) -> str:
         found = self.statuses()
-        for endpoint, status in found.items():
-            if status["role"] == "leader":
-                return endpoint
+        leaders = [endpoint for endpoint, status in found.items() if status["role"] == "leader"]
+        if leaders:  # one that was cut off may believe in itself for a moment
+            return max(leaders, key=lambda endpoint: int(found[endpoint]["term"]))
         why = next((status["why_no_leader"] for status in found.values() if status["why_no_leader"]), "")
         raise Failure(
             f"no head leads the cluster{': ' + why if why else ''}",
@@ -184,13 +213,16 @@ class _Heads:
 
     def ask_leader(self, what: str, **arguments: Any) -> Any:
         """Asks the leader, and the next one if it hands over. Raises Failure."""
-        deadline = time.monotonic() + DONE_TIMEOUT_S
+        began = time.monotonic()
+        deadline = began + DONE_TIMEOUT_S
         while True:
             try:
                 return self.ask(self.leader(), what, **arguments)
             except ToolError as error:
                 text = str(error)
                 wait = "(not_leader)" in text or "does not lead" in text or "under way" in text
+                if "waits to be added" in text and self._status(arguments["endpoint"]) is not None:
+                    wait = time.monotonic() < began + GUEST_TIMEOUT_S  # it runs, and looks for the leader
             except (OSError, FtrayError) as error:
                 text, wait = str(error), True
             except Failure as failure:
@@ -217,6 +249,18 @@ def _members(statuses: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     best = max(statuses.values(), key=lambda status: (status["role"] == "leader", status["commit_index"]))
     members: list[dict[str, Any]] = best["members"]
     return members
+
+
+def _rows(statuses: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """The members. While the cluster is formed there are none: the heads of the list that they were started with."""
+    members = _members(statuses)
+    if members:
+        return members
+    endpoints = dict.fromkeys(endpoint for status in statuses.values() for endpoint in status["heads"])
+    return [
+        {"endpoint": endpoint, "replica": statuses.get(endpoint, {}).get("replica", ""), "voter": True}
+        for endpoint in endpoints
+    ]
 
 
 def _add(heads: _Heads, endpoint: str, replaces: str) -> dict[str, Any]:
@@ -250,23 +294,25 @@ def _remove(heads: _Heads, name: str) -> dict[str, Any]:
     return _report(heads)
 
 
-def _transfer(heads: _Heads) -> dict[str, Any]:
+def _transfer(heads: _Heads, name: str) -> dict[str, Any]:
     former = heads.leader()
-    heads.ask(former, "transfer")
-
-    def done(statuses: dict[str, dict[str, Any]]) -> bool:
-        leaders = [endpoint for endpoint, status in statuses.items() if status["role"] == "leader"]
-        return bool(leaders) and former not in leaders
-
-    heads.until(done, f"no other head leads instead of {_short(former)}")
-    return _report(heads)
+    try:
+        answer = heads.ask(former, "transfer", to=name)
+    except ToolError as error:
+        raise Failure(str(error), "see `ftray heads list`") from None
+    except (OSError, ProtocolError) as error:
+        raise Failure(
+            f"{_short(former)}, which led, did not say what became of it: {getattr(error, 'strerror', None) or error}",
+            "see `ftray heads list` for who leads now",
+        ) from None
+    return {**_report(heads), "leader": answer["leader"], "former": former, "took_ms": answer["took_ms"]}
 
 
 def _report(heads: _Heads) -> dict[str, Any]:
     statuses = heads.statuses()
     newest = max(status["commit_index"] for status in statuses.values())
     rows = []
-    for member in _members(statuses):
+    for member in _rows(statuses):
         endpoint = member["endpoint"]
         status = statuses.get(endpoint)
         if status is not None and status["replica"] != member["replica"]:
@@ -274,7 +320,7 @@ def _report(heads: _Heads) -> dict[str, Any]:
         row = {"endpoint": endpoint, "replica": member["replica"], "voter": member["voter"]}
         if status is None:
             why = heads.failures.get(endpoint, "another replica runs there: its disk was lost or changed")
-            row |= {"role": "away", "why": why}
+            row |= {"role": "away", "why": why, **dict.fromkeys((*_SHOWN[1:], "lag", "disk_full"))}
         else:
             row |= {name: status[name] for name in _SHOWN}
             row |= {"lag": max(0, newest - status["applied_index"]), "disk_full": status["disk_full"]}
@@ -304,10 +350,21 @@ def _show(answer: dict[str, Any]) -> None:
                 _short(row["endpoint"]), row["replica"][:8], role, row["term"], row["last_index"], row["lag"], more
             )
             click.echo(text.rstrip())
+    members = {row["endpoint"] for row in answer["heads"]}
     for guest in answer["waiting"]:
-        click.echo(f"{_short(guest['endpoint'])} waits to be added: ftray heads add {_short(guest['endpoint'])}")
+        at = _short(guest["endpoint"])
+        if guest["endpoint"] in members:  # the head there has lost its disk: it can't be added beside itself
+            click.echo(f"{at} waits to replace the former head there: ftray heads replace {at} {at}")
+        else:
+            click.echo(f"{at} waits to be added: ftray heads add {at}, or ftray heads replace OLD {at}")
     if answer["problem"]:
         click.secho(answer["problem"], fg="red")
+
+
+def _show_transfer(answer: dict[str, Any]) -> None:
+    _show(answer)
+    leader, former = _short(answer["leader"]), _short(answer["former"])
+    click.echo(f"{leader} leads now, and {former} does not any more; it took {answer['took_ms']:g} ms")
 
 
 def _short(endpoint: str) -> str:

@@ -127,6 +127,8 @@ def explained(error: str, spec: dict[str, Any]) -> Failure:
         return port_in_use(spec.get("host", "127.0.0.1"), spec.get("port") or 0)
     if "token" in lowered:
         return Failure(error, TOKEN_REMEDY)
+    if "the gcs does not answer" in lowered:
+        return Failure(error, "start the heads that do not answer, each with its directory; see `ftray heads list`")
     return Failure(error)
 
 
@@ -200,6 +202,7 @@ def check_heads(endpoints: list[str], token: bytes) -> None:
             tried.append(f"{where}: {error.strerror or error}")
     raise Failure(
         f"no head answers ({'; '.join(tried)})",
-        "check the address that `ftray start --head` printed, and that its --host is one that this machine can reach",
+        "check the address that `ftray start --head` printed, and that its --host is one that this machine can reach; "
+        "`ftray heads list` on a machine of the cluster shows where its heads are now",
         NOT_FOUND,
     )

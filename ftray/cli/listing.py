@@ -13,7 +13,9 @@ import click
 from ftray.cli.options import json_option, session_root_option
 from ftray.cli.output import finish
 
-KINDS = ("pending", "workers", "actors", "nodes", "drivers", "leases", "objects")
+KINDS = ("pending", "workers", "actors", "placement-groups", "nodes", "drivers", "leases", "objects")
+_OF_CLUSTER = {"nodes": "nodes", "placement-groups": "placement_groups"}
+"""What the GCS knows, and under which name it is in the answer; the rest is of this node."""
 
 
 @click.command("list")
@@ -30,6 +32,8 @@ def command(kind: str, limit: int, address: str | None, session_root: str | None
               waits for; calls of get and wait, and what they wait for
     workers   the worker processes of this node, and what they run
     actors    the actors on this node
+    placement-groups
+              the placement groups of the cluster, and what they wait for
     nodes     the nodes of the cluster
     drivers   the programs connected to this node
     leases    which worker is leased to whom
@@ -52,14 +56,18 @@ def command(kind: str, limit: int, address: str | None, session_root: str | None
         from ftray.cli.find import ask, local_session
 
         session = local_session(session_root, address)
+        note: dict[str, str] = {}
         if kind == "pending":
             return _pending(ask(session, "pending", limit=limit))
         if kind == "objects":
             rows = ask(session, "memory", limit=1)["objects"]
         else:
             status = ask(session, "status")
-            rows = (status["gcs"] or {}).get("nodes", []) if kind == "nodes" else status[kind]
-        return {"rows": rows[:limit], "total": len(rows)}
+            gcs = status["gcs"] or {}
+            rows = gcs.get(_OF_CLUSTER[kind], []) if kind in _OF_CLUSTER else status[kind]
+            if kind in _OF_CLUSTER and gcs.get("note"):
+                note["note"] = gcs["note"]
+        return {"rows": rows[:limit], "total": len(rows), **note}
 
     finish(as_json, body, _show_pending if kind == "pending" else _table_of(kind))
 
@@ -109,6 +117,7 @@ def _show_pending(answer: dict[str, Any]) -> None:
 _COLUMNS: dict[str, tuple[str, ...]] = {
     "workers": ("worker_id", "pid", "state", "job_id", "blocked", "running"),
     "actors": ("actor_id", "class_name", "stage", "incarnation", "job_id", "worker_id", "stopping"),
+    "placement-groups": ("group_id", "name", "state", "strategy", "bundles", "nodes", "job_id", "reason"),
     "nodes": ("node_id", "state", "hostname", "pid", "endpoint"),
     "drivers": ("worker_id", "pid", "job_id", "entrypoint"),
     "leases": ("lease_id", "name", "owner", "worker_id", "resources", "blocked"),
@@ -125,7 +134,9 @@ def _cell(column: str, value: Any) -> str:
         return "yes" if value else ""
     if column in ("object_id", "actor_id"):
         return short_object(value)
-    if column in ("worker_id", "node_id", "owner"):
+    if column == "bundles":
+        return str(len(value)) if value else ""  # a removed group may not have them any more
+    if column in ("worker_id", "node_id", "owner", "group_id"):
         return str(value)[:12]
     if column == "size":
         return size(value)
@@ -142,6 +153,8 @@ def _table_of(kind: str) -> Callable[[dict[str, Any]], None]:
         from ftray.cli.status import table
 
         console = make_console()
+        if answer.get("note"):
+            console.print(f"{kind} {answer['note']}", style="yellow", markup=False, highlight=False)
         if not answer["rows"]:
             console.print(f"no {kind}")
             return

@@ -90,6 +90,9 @@ def command(**options: Any) -> None:
 
 def _spec(options: dict[str, Any]) -> dict[str, Any]:
     head, address, heads = options["head"], options["address"], options["heads"]
+    for name in ("address", "heads", "gcs_dir", "host"):  # as from a variable of the shell that is not set
+        if options[name] is not None and not options[name].strip():
+            raise click.BadParameter("it is empty", param_hint=f"--{name.replace('_', '-')}")
     if not head and not address:
         raise click.UsageError("say either --head (a new cluster) or --address HOST:PORT (join one)")
     if not head and options["port"] is not None:
@@ -170,12 +173,12 @@ def _which_one(heads: list[str], host: str | None, port: int | None) -> str:
         and port in (None, int(head.rpartition(":")[2]))
     ]
     if len(found) != 1:
-        said = "--host and --port name" if host or port is not None else "nothing names"
         named = ", ".join(head.removeprefix("tcp:") for head in heads)
-        raise click.UsageError(
-            f"{said} {'more than one of' if len(found) > 1 else 'none of'} the heads ({named}): say with --host, "
-            "--port or both which of them this one is"
-        )
+        if host is None and port is None:
+            what = f"several heads are listed ({named})"
+        else:
+            what = f"--host and --port name {'more than one' if found else 'none'} of the heads ({named})"
+        raise click.UsageError(f"{what}: say with --host, --port or both which of them this one is")
     return found[0]
 
 
@@ -187,15 +190,23 @@ def _start(spec: dict[str, Any]) -> tuple[subprocess.Popen[bytes], dict[str, Any
             launch.check_port_free(spec["host"], spec["port"])
         if spec.get("gcs_dir"):
             spec["token"] = _token_for(spec).hex()
+        new = bool(spec.get("join")) and not os.path.exists(os.path.join(spec["gcs_dir"], HEADS_JOURNAL))
+        if new:
+            # One that has been a member goes on with what it knows, whoever answers at this moment.
+            launch.check_heads(spec["heads"], bytes.fromhex(spec["token"]))
     else:
+        new = False
         spec["token"] = _token_for(spec).hex()
         launch.check_heads(spec["address"].split(","), bytes.fromhex(spec["token"]))
     process, ready = launch.spawn(spec)
     if not spec["lifeline"]:
         launch.let_go(process)
     heads = [endpoint.removeprefix("tcp:") for endpoint in ready["gcs_endpoints"] if endpoint.startswith("tcp:")]
+    mine = spec.get("head_endpoint", "").removeprefix("tcp:")
     answer = {
         "head": spec["head"],
+        "new_cluster": spec["head"] and not spec.get("gcs_dir"),
+        "waits_as": mine if spec.get("join") and (new or mine not in heads) else "",
         "node_id": ready["node_id"],
         "pid": ready["pid"],
         "cluster_id": ready["cluster_id"],
@@ -235,11 +246,14 @@ def _token_for(spec: dict[str, Any]) -> bytes:
 
 
 def _show(answer: dict[str, Any], blocking: bool) -> None:
-    kind = "head node of a new cluster" if answer["head"] else "node"
+    kind = "head node of a new cluster" if answer["new_cluster"] else "head node" if answer["head"] else "node"
     click.secho(f"The {kind} is ready: {answer['node_id'][:12]}, process {answer['pid']}.", bold=True)
     lines = [("Use it from Python", 'ftray.init(address="auto")')]
     if answer["address"]:
         lines.append(("Join another node", f"FTRAY_TOKEN=$(cat TOKEN_FILE) ftray start --address {answer['address']}"))
+    if answer["waits_as"]:
+        at = answer["waits_as"]
+        lines.insert(0, ("It has no vote yet", f"ftray heads add {at}, or ftray heads replace OLD {at}"))
     root = answer["session_root"]
     if root != default_root():
         lines.insert(0, ("First", f"export FTRAY_SESSION_ROOT={root}"))

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 WORKERS_SHOWN = 40
+GROUPS_SHOWN = 10
 FILE_COLUMNS = 160
 """The width of tables when the output is no terminal."""
 
@@ -65,6 +66,8 @@ def _show(status: dict[str, Any]) -> None:
     if not node.get("gcs_connected", True):
         out.print("[red]the GCS is not connected: tasks go on, new actors and jobs wait[/]")
     gcs = status.get("gcs")
+    if gcs and gcs.get("note"):
+        out.print(f"cluster {gcs['note']}", style="yellow", markup=False, highlight=False)
     nodes = gcs["nodes"] if gcs else []
     several = len(nodes) > 1
     if several:
@@ -83,6 +86,14 @@ def _show(status: dict[str, Any]) -> None:
         waiting = demand["want"] - demand["held"]
         if waiting > 0:
             out.print(f"waiting: {waiting} more of {demand['name'] or 'an actor'}" + (f" ({lack})" if lack else ""))
+    groups = gcs.get("placement_groups", ()) if gcs else ()
+    unfinished = [group for group in groups if group["state"] not in ("CREATED", "REMOVED")]
+    for group in unfinished[:GROUPS_SHOWN]:
+        name = group["name"] or group["group_id"][:12]
+        why = f" ({group['reason']})" if group["reason"] else ""
+        out.print(f"placement group {name} is {group['state'].lower()}{why}", markup=False, highlight=False)
+    if len(unfinished) > GROUPS_SHOWN:
+        out.print(f"and {len(unfinished) - GROUPS_SHOWN} more placement groups (ftray list placement-groups)")
     for row in status.get("infeasible", ()):
         out.print(f"[red]can never run:[/] {row['name'] or 'a task'}: {row['missing']}")
 

@@ -8,11 +8,13 @@ Rules
   acknowledged and has been damaged since: the journal is refused. A bad frame with nothing good after it is a write
   that a crash cut short, and was never acknowledged: it is cut off, and `note` says so. (A frame takes effect whole or
   not at all, so it does not matter in which order the disk wrote its parts.)
-- `close` writes an empty frame, so that after a clean stop damage to the last real frame is not taken for a crash. What
-  was in the file when it got its name (a snapshot) can't have been cut short by a crash either.
-- The journal is replaced only by writing a new file, making it durable, renaming it, and making the name durable.
+- An empty frame (`seal`, and `close`) after the last real one says that that one was complete: so damage to it is not
+  taken for a crash. Whoever has nothing to write seals; the next frame takes the seal's place, so a seal needs no sync.
+  What was in the file when it got its name (a snapshot) can't have been cut short by a crash either.
+- The journal is replaced only by writing a new file, making it durable, renaming it, and making the name durable
+  (`compaction.py`, which does it piece by piece).
 - A write that fails is taken back and can be tried again (the disk was full); after a failed fsync nobody knows what is
-  on the disk, so the journal stays closed.
+  on the disk, so the journal stays closed. When it is opened again, it is read from the disk, not from memory.
 
 Rejected: a checksum for each record (a batch torn in the middle would look like corruption, or the other way round);
 memory-mapped writes (errors arrive as signals, and the order of writing is the kernel's); several segment files (one
@@ -21,12 +23,14 @@ rename is easier to make safe than a set of files).
 
 from __future__ import annotations
 
+import errno
 import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
+from ftray.gcs.compaction import Compaction, SnapshotFile, SnapshotPlace, Source, Whole, write_all
 from ftray.gcs.files import OS_FILES, Files
 from ftray.gcs.journal_format import (
     CLUSTER_ID_BYTES,
@@ -36,7 +40,6 @@ from ftray.gcs.journal_format import (
     MARKER,
     REPLICA_ID_BYTES,
     SALT_BYTES,
-    SNAPSHOT,
     FrameHead,
     Record,
     decode_frame_head,
@@ -53,11 +56,27 @@ from ftray.gcs.state.errors import (
     JournalCorruptError,
     JournalFailedError,
     JournalIdentityError,
+    JournalOpenError,
     JournalVersionError,
     JournalWriteError,
 )
 
 _CHUNK_BYTES = 1 << 20
+
+_OPEN_REMEDIES = {
+    errno.EACCES: "let it belong to the user that runs this head",
+    errno.EPERM: "let it belong to the user that runs this head",
+    errno.EROFS: "mount that disk for writing, or start this head with another directory",
+    errno.ENOSPC: "make room on the disk",
+    errno.EDQUOT: "make room on the disk, or have the quota raised",
+    errno.ENOTDIR: "a part of that path is a file: start this head with a directory",
+    errno.EEXIST: "a part of that path is a file, or a link to what is not there: start this head with a directory",
+    errno.EISDIR: "a directory lies where the file should be: move it away, or start this head with another directory",
+    errno.ELOOP: "it is a symbolic link, which the first compaction would replace: link the directory instead",
+    errno.ESPIPE: "something that is no file lies there: move it away",
+    errno.ENXIO: "something that is no file lies there: move it away",
+}
+"""What to do about what the operating system says."""
 
 
 class _File(NamedTuple):
@@ -69,14 +88,15 @@ class _File(NamedTuple):
     size_bytes: int
     sequence: int
     sealed: bool = False
-    """The last frame is an empty one."""
+    """An empty frame is the last one, or follows at `size_bytes`."""
 
 
 class Journal:
     """One replica's journal. Open it with `Journal.open`, exhaust `replay`, then `append` and `sync`."""
 
     __slots__ = (
-        "cluster_id", "replica_id", "note", "path", "_buffer", "_buffer_bytes", "_file", "_files", "_fsync", "_lock_fd",
+        "cluster_id", "replica_id", "note", "path", "_buffer", "_buffer_bytes", "_compaction", "_file", "_files",
+        "_fsync", "_lock_fd", "_snapshot",
     )  # fmt: skip
 
     def __init__(
@@ -93,6 +113,10 @@ class Journal:
         self._file: _File | None = None
         self._buffer: list[bytes] = []
         self._buffer_bytes = 0
+        self._compaction: Compaction | None = None
+        """The one under way."""
+        self._snapshot: SnapshotPlace | None = None
+        """The snapshot in the file, if this process has written it."""
 
     @classmethod
     def open(
@@ -110,26 +134,46 @@ class Journal:
         draws one. `fsync=False` is for sessions whose state need not outlive the machine.
 
         Raises JournalLockedError, JournalCorruptError (the header), JournalVersionError, JournalClusterError,
-        JournalIdentityError, ValueError for an id of the wrong size, OSError if the file can't be opened or made.
+        JournalIdentityError, JournalOpenError if the file can't be opened or made, ValueError for an id of the wrong
+        size.
         """
         if len(cluster_id) != CLUSTER_ID_BYTES or (replica_id is not None and len(replica_id) != REPLICA_ID_BYTES):
             raise ValueError(f"a cluster id has {CLUSTER_ID_BYTES} bytes and a replica id {REPLICA_ID_BYTES}")
         target = Path(path)
+        try:
+            return cls._open(target, cluster_id, replica_id, fsync, files)
+        except OSError as error:
+            raise JournalOpenError(
+                f"the journal {target} can't be opened or made: {error.strerror or error}"
+                f"{f' ({error.filename})' if error.filename not in (None, str(target)) else ''}; "
+                f"{_OPEN_REMEDIES.get(error.errno or 0, 'check the directory and its disk')}"
+            ) from error
+
+    @classmethod
+    def _open(
+        cls, target: Path, cluster_id: bytes, replica_id: bytes | None, fsync: bool, files: Files
+    ) -> Journal:
+        """Raises OSError, too."""
         files.make_directory(target.parent, fsync)
         # By a file beside it: the journal itself is replaced by compaction.
         lock_fd = files.lock(target.with_name(target.name + ".lock"))
         journal = cls(target, cluster_id, replica_id or files.urandom(REPLICA_ID_BYTES), fsync, lock_fd, files)
         try:
             # A compaction that a crash cut short leaves this; the old journal still counts.
-            files.unlink(_new_name(target))
+            files.unlink(journal.new_path)
             if files.exists(target):
                 journal._open_file(any_replica=replica_id is None)
             else:
-                journal._adopt(journal._write_new([]))
+                journal._make()
         except BaseException:
             journal._release()
             raise
         return journal
+
+    @property
+    def new_path(self) -> Path:
+        """Where a new file is written before it gets the journal's name."""
+        return self.path.with_name(self.path.name + ".new")
 
     @property
     def size_bytes(self) -> int:
@@ -180,6 +224,7 @@ class Journal:
     def _open_file(self, any_replica: bool) -> None:
         fd = self._files.open(self.path, os.O_RDWR)
         self._file = _File(fd, 0, 0, 0, 0)
+        self._files.drop_cached(fd)
         header = decode_header(self._files.pread(fd, HEADER_BYTES, 0))
         if isinstance(header, str):
             raise self._corrupt(0, header)
@@ -191,7 +236,8 @@ class Journal:
         if header.cluster_id != self.cluster_id:
             raise JournalClusterError(
                 f"the journal {self.path} belongs to cluster {header.cluster_id.hex()}, not to "
-                f"{self.cluster_id.hex()}: start this head with the directory of its own cluster, or with an empty one"
+                f"{self.cluster_id.hex()}: start this head with the directory and the token of its own cluster, or "
+                "with an empty directory"
             )
         if header.replica_id != self.replica_id and not any_replica:
             raise JournalIdentityError(
@@ -279,35 +325,67 @@ class Journal:
         end = file.size_bytes + FRAME_HEAD_BYTES + length
         self._file = file._replace(size_bytes=end, sequence=file.sequence + 1, sealed=False)
 
-    def compact(self, snapshot: bytes, term: int, index: int, keep: Iterable[Record] = ()) -> None:
-        """Replaces all records by a snapshot of the state after entry `index` and the records `keep`.
+    def seal(self) -> None:
+        """Says that the last frame was complete, if nothing says so yet. Costs a small write, no sync; a disk that does
+        not take it is no error. The next frame takes the seal's place."""
+        file = self._file
+        if file is None or file.sealed or self._buffer or file.size_bytes <= file.born_bytes:
+            return
+        try:
+            self._write_frame(file, [], 0)
+        except OSError:
+            return  # the next frame, or the next seal, is written over it
+        self._file = file._replace(sealed=True)
 
-        The old journal counts until the new one has its name. Raises JournalWriteError if that fails (the old journal
-        goes on), JournalFailedError, JournalClosedError, and RuntimeError with a batch that is not synced.
+    def begin_compaction(
+        self, source: Source, term: int, index: int, keep: Iterable[Record] = (), *, wait: bool = False
+    ) -> Compaction:
+        """Begins to replace all records by a snapshot of the state after entry `index` and the records `keep`.
+
+        What is synced from now on is kept too. The caller takes the steps of what is returned; with `wait`, all of them
+        before it does anything else here. One that was under way is given up.
+
+        Raises JournalWriteError (the file can't be made), JournalFailedError, JournalClosedError, and RuntimeError with
+        a batch that is not synced.
         """
-        old = self._writable()
+        self._writable()
         if self._buffer:
             raise RuntimeError("sync the batch before compacting")
+        if self._compaction is not None:
+            self._compaction.abort()
         try:
-            self._adopt(self._write_new([Record(SNAPSHOT, term, index, snapshot), *keep]))
+            self._compaction = Compaction(self, source, term, index, keep, wait)
         except OSError as error:
-            self._files.unlink(_new_name(self.path))
             raise JournalWriteError(f"the journal {self.path} could not be compacted: {error}") from error
-        except JournalFailedError:
-            self._files.close(old.fd)
-            raise
-        self._files.close(old.fd)
+        return self._compaction
+
+    def compact(self, snapshot: bytes, term: int, index: int, keep: Iterable[Record] = ()) -> None:
+        """The same at once, with a snapshot that is in memory.
+
+        The old journal counts until the new one has its name. Raises JournalWriteError if that fails (the old journal
+        goes on), and what `begin_compaction` raises.
+        """
+        self.begin_compaction(Whole(snapshot), term, index, keep, wait=True).finish()
+
+    def open_snapshot(self) -> SnapshotFile | None:
+        """The snapshot in the journal, to read and close; None if there is none that this process has written.
+
+        Raises OSError.
+        """
+        return None if self._snapshot is None else SnapshotFile(self._files, self.path, self._snapshot)
+
+    def forget_snapshot(self) -> None:
+        """Lets nobody read the snapshot any more: what is read is not what was written."""
+        self._snapshot = None
 
     def close(self) -> None:
-        """Closes the files and lets go of the lock. What was appended and not synced is gone. May be repeated."""
+        """Closes the files and lets go of the lock. What was appended and not synced is gone, and so is a compaction
+        under way. May be repeated."""
+        if self._compaction is not None:
+            self._compaction.abort()
         self._buffer.clear()
         self._buffer_bytes = 0
-        file = self._file
-        if file is not None and file.size_bytes > file.born_bytes and not file.sealed:
-            try:
-                self._write_frame(file, [], 0)
-            except OSError:
-                pass  # It guards against later damage only; an unfinished one is cut off.
+        self.seal()
         self._release()
 
     def _writable(self) -> _File:
@@ -318,40 +396,48 @@ class Journal:
     def _write_frame(self, file: _File, body: list[bytes], length: int) -> None:
         place = place_crc(file.salt_crc, file.size_bytes)
         parts = [encode_frame_head(place, file.sequence, body, length), *body]
-        _pwrite_all(self._files, file.fd, parts, file.size_bytes)
+        write_all(self._files, file.fd, parts, file.size_bytes)
 
-    def _write_new(self, records: list[Record]) -> _File:
-        """Writes a file with these records under a temporary name, and makes it durable. Raises OSError."""
+    def _make(self) -> None:
+        """A journal without records. Raises OSError, JournalFailedError."""
         salt = self._files.urandom(SALT_BYTES)
-        salt_crc = zlib.crc32(salt)
-        body: list[bytes] = []
-        length = sum(encode_record(record, body) for record in records)
-        if records:
-            body.insert(0, encode_frame_head(place_crc(salt_crc, HEADER_BYTES), 0, body, length))
-            length += FRAME_HEAD_BYTES
-        size = HEADER_BYTES + length
-        fd = self._files.open(_new_name(self.path), os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+        fd = self._files.open(self.new_path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
         try:
-            _pwrite_all(self._files, fd, [encode_header(self.cluster_id, self.replica_id, salt, size), *body], 0)
+            write_all(self._files, fd, [encode_header(self.cluster_id, self.replica_id, salt, HEADER_BYTES)], 0)
             self._make_durable(fd)
         except BaseException:
             self._files.close(fd)
             raise
-        return _File(fd, salt_crc, size, size, 1 if records else 0)
+        self._take_new(fd, zlib.crc32(salt), HEADER_BYTES, 0, None, self._files.close)
 
-    def _adopt(self, new: _File) -> None:
-        """Gives a new file the journal's name and goes on with it. Raises OSError, and goes on as before."""
+    def _take_new(
+        self,
+        fd: int,
+        salt_crc: int,
+        size_bytes: int,
+        sequence: int,
+        snapshot: SnapshotPlace | None,
+        close: Callable[[int], object],
+    ) -> None:
+        """Gives a new file that is durable the journal's name, and goes on with it; `close` closes the old one.
+
+        Raises OSError, and goes on as before. Raises JournalFailedError.
+        """
         try:
-            self._files.rename(_new_name(self.path), self.path)
+            self._files.rename(self.new_path, self.path)
         except BaseException:
-            self._files.close(new.fd)
+            self._files.close(fd)
             raise
-        self._file = new
+        old, self._file = self._file, _File(fd, salt_crc, size_bytes, size_bytes, sequence)
+        self._compaction, self._snapshot = None, snapshot
         try:
             if self._fsync:
                 self._files.sync_directory(self.path.parent)
         except OSError as error:
             self._fail(f"given its name ({error})", error)
+        finally:
+            if old is not None:
+                close(old.fd)
 
     def _take_back(self, file: _File, error: OSError) -> NoReturn:
         """After a failed write: the file as it was."""
@@ -359,6 +445,7 @@ class Journal:
             self._files.ftruncate(file.fd, file.size_bytes)
         except OSError:
             self._fail(f"written ({error}) nor cut back to what it was", error)
+        self._file = file._replace(sealed=False)
         raise JournalWriteError(
             f"the journal {self.path} could not be written ({error}): nothing of the batch took effect; "
             "make room on the disk"
@@ -379,16 +466,15 @@ class Journal:
         return JournalCorruptError(str(self.path), offset, what)
 
     def _release(self) -> None:
+        if self._compaction is not None:
+            self._compaction.abandon()
+        self._snapshot = None
         file, self._file = self._file, None
         if file is not None:
             self._files.close(file.fd)
         if self._lock_fd >= 0:
             self._files.close(self._lock_fd)
             self._lock_fd = -1
-
-
-def _new_name(path: Path) -> Path:
-    return path.with_name(path.name + ".new")
 
 
 def _pread_all(files: Files, fd: int, length: int, offset: int) -> bytes:
@@ -404,14 +490,3 @@ def _pread_all(files: Files, fd: int, length: int, offset: int) -> bytes:
         parts.append(data)
         got += len(data)
     return b"".join(parts)
-
-
-def _pwrite_all(files: Files, fd: int, parts: list[bytes], offset: int) -> None:
-    if len(parts) > 16 or sum(map(len, parts)) <= _CHUNK_BYTES:
-        parts = [b"".join(parts)]
-    for part in parts:
-        view = memoryview(part)
-        while view:
-            written = files.pwrite(fd, view, offset)
-            offset += written
-            view = view[written:]

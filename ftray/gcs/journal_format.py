@@ -46,6 +46,7 @@ _RECORD = Struct("<IBQQ")
 
 HEADER_BYTES = _HEADER.size
 FRAME_HEAD_BYTES = _FRAME.size
+RECORD_HEAD_BYTES = _RECORD.size
 
 
 class Record(msgspec.Struct, frozen=True, gc=False):
@@ -100,6 +101,11 @@ def encode_frame_head(place: int, sequence: int, body: Sequence[bytes], length: 
     body_crc = place
     for part in body:
         body_crc = zlib.crc32(part, body_crc)
+    return encode_summed_frame_head(place, sequence, length, body_crc)
+
+
+def encode_summed_frame_head(place: int, sequence: int, length: int, body_crc: int) -> bytes:
+    """The same for a body whose checksum, which begins with `place`, is known."""
     head_crc = zlib.crc32(_FRAME_SUMMED.pack(sequence, length, body_crc), place)
     return _FRAME.pack(MARKER, sequence, length, body_crc, head_crc)
 
@@ -119,9 +125,14 @@ def encode_record(record: Record, into: list[bytes]) -> int:
     length = len(record.payload)
     if length > RECORD_BYTES_MAX:
         raise ValueError(f"a record of {length} bytes: at most {RECORD_BYTES_MAX} fit")
-    into.append(_RECORD.pack(length, record.kind, record.term, record.index))
+    into.append(encode_record_head(record.kind, record.term, record.index, length))
     into.append(record.payload)
     return _RECORD.size + length
+
+
+def encode_record_head(kind: int, term: int, index: int, length: int) -> bytes:
+    """What stands before a payload of `length` bytes."""
+    return _RECORD.pack(length, kind, term, index)
 
 
 def decode_records(body: bytes) -> Iterator[Record]:

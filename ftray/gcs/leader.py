@@ -7,7 +7,8 @@ Rules
 - An effect is carried out only when the decision behind it is committed: managers see to that, since what they submit
   comes back to them as a change.
 - A raylet that is not connected gets its effects when it connects: starting and stopping actors are told anew
-  (`ActorManager.on_node_report`), ended jobs are kept here until then.
+  (`ActorManager.on_node_report`), and what is asked about bundles (`GroupManager.on_node_connected`); ended jobs are
+  kept here until then.
 - A new leader of several heads waits for the raylets, which have to find it first: a silence counts from `SETTLING_MS`
   on. But those that have not come by `ABSENT_MS` are probed, so the node of the head that died is found out soon.
 - A link that closes is followed by a probe of the raylet's endpoint. Refused means that the process is gone, and
@@ -27,9 +28,11 @@ from ftray.config import Config
 from ftray.gcs.replica import Replica, ReplicaClosedError, Request
 from ftray.gcs.state import effects as e
 from ftray.gcs.state.commands import ActorUnschedulable, AnyCommand, encode_command
+from ftray.gcs.state.group_manager import GroupManager
 from ftray.gcs.state.health import NodeHealth
 from ftray.gcs.state.managers import ActorManager, JobManager
 from ftray.gcs.state.tables import ActorState, Change, NodeState, Result, Table
+from ftray.wire import group_messages as gm
 from ftray.wire import messages as m
 from ftray.wire.handshake import ROLE_RAYLET
 from ftray.wire.reactor import Link, Reactor
@@ -63,6 +66,9 @@ class Leader:
         self._send_to_node = send_to_node
         self._wake = wake
         self.actors = ActorManager(replica.state, infeasible_after_ms=config.infeasible_timeout_ms)
+        self.groups = GroupManager(
+            replica.state, self.actors.placement, infeasible_after_ms=config.infeasible_timeout_ms
+        )
         self.jobs = JobManager(replica.state)
         settled_ms = now_ms if is_connected is None else now_ms + SETTLING_MS
         self.health = NodeHealth(replica.state, settled_ms, config.heartbeat_timeout_ms)
@@ -88,6 +94,7 @@ class Leader:
     def on_changes(self, changes: Sequence[Change]) -> None:
         """The state has changed."""
         self.actors.on_changes(changes)
+        self.groups.on_changes(changes)
         self.jobs.on_changes(changes)
         self.health.on_changes(changes, self._reactor.now_ms())
         for change in changes:
@@ -104,8 +111,14 @@ class Leader:
             if actor.state is ActorState.ALIVE
         ]  # that they are there is taken for granted: had one died, the raylet's report of it would be on its way
         self.actors.on_node_report(state, node_id, hosted)
+        self.groups.on_node_connected(state, node_id)
         for job_id in sorted(self._ended_jobs.pop(node_id, ())):
             self._send_to_node(node_id, m.JobEnded(job_id), b"")
+        self._wake()
+
+    def on_bundles_held(self, node_id: bytes, message: gm.BundlesHeld) -> None:
+        """A raylet that has connected says what it holds of placement groups."""
+        self.groups.on_node_report(self._replica.state, node_id, message.held)
         self._wake()
 
     def on_node_closed(self, node_id: bytes) -> None:
@@ -125,7 +138,8 @@ class Leader:
     def plan(self) -> bool:
         """Carries out what is to be done now. Returns whether commands were proposed, so that a flush is due."""
         now_ms = self._reactor.now_ms()
-        effects = [*self.jobs.plan(), *self.actors.plan(self._replica.state, now_ms)]
+        state = self._replica.state
+        effects = [*self.jobs.plan(), *self.actors.plan(state, now_ms), *self.groups.plan(state, now_ms)]
         if self._health_due or now_ms >= self.health.next_wake_ms():  # it looks at all nodes: not in each turn
             self._health_due = False
             effects += self.health.plan(now_ms)
@@ -136,8 +150,8 @@ class Leader:
 
     def next_wake_ms(self) -> float:
         """When `plan` should be called at the latest."""
-        wake_ms = self.actors.next_wake_ms()
-        return self.health.next_wake_ms() if wake_ms is None else min(wake_ms, self.health.next_wake_ms())
+        times = (self.actors.next_wake_ms(), self.groups.next_wake_ms(), self.health.next_wake_ms())
+        return min(time_ms for time_ms in times if time_ms is not None)
 
     def _carry_out(self, effect: e.Effect) -> bool:
         match effect:
@@ -159,6 +173,12 @@ class Leader:
             case e.ReportInfeasible(actor_id, incarnation, missing):
                 log.warning("no node can ever run actor %s: %s", actor_id.hex(), missing)
                 return self._submit(ActorUnschedulable(actor_id, incarnation, missing))
+            case e.PrepareBundles(node_id, group_id, attempt, bundles):
+                self._send_to_node(node_id, gm.PrepareBundles(group_id, attempt, bundles), b"")
+            case e.CommitBundles(node_id, group_id, attempt):
+                self._send_to_node(node_id, gm.CommitBundles(group_id, attempt), b"")
+            case e.ReturnBundles(node_id, group_id, attempt, reason):
+                self._send_to_node(node_id, gm.ReturnBundles(group_id, attempt, reason), b"")
             case e.Probe():
                 _Probe(self._reactor, effect, self._probed)
         return False
@@ -174,6 +194,7 @@ class Leader:
         if not result.ok:
             log.info("%s was refused (%s): %s", type(command).__name__, result.code.value, result.message)
         self.actors.on_result(command, result)
+        self.groups.on_result(self._replica.state, command, result)
         self.health.on_result(command, result, self._reactor.now_ms())
 
     def _probed(self, probe: e.Probe, refused: bool) -> None:

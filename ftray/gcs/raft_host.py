@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from ftray.exceptions import ProtocolError
+from ftray.gcs.files import OS_FILES, Files
 from ftray.gcs.journal import Journal
 from ftray.gcs.raft.errors import MembershipMismatchError
-from ftray.gcs.raft.membership import find, show
+from ftray.gcs.raft.membership import Table, find, show
 from ftray.gcs.raft.replica import RaftReplica
 from ftray.gcs.replica import JOURNAL_NAME, ReplicaClosedError
 from ftray.gcs.server import GcsServer
@@ -34,6 +35,7 @@ from ftray.gcs.state.tables import Code, Result
 from ftray.wire.handshake import ROLE_GCS, ROLE_HEAD, ROLE_TOOL
 from ftray.wire.head_messages import RaftPacket
 from ftray.wire.messages import Message, ToolQuery, ToolReply
+from ftray.wire.names import NAMES
 from ftray.wire.reactor import Handler, Link, Reactor, Timer
 
 log = logging.getLogger("ftray.gcs")
@@ -41,8 +43,12 @@ log = logging.getLogger("ftray.gcs")
 HEADS_JOURNAL_NAME = "heads.journal"
 DIAL_FIRST_MS = 10.0
 DIAL_MAX_MS = 500.0
+NOTES_MAX = 100
+"""When more endpoints than this are remembered, those of heads that were replaced are forgotten."""
 LOOK_MS = 100.0
-"""How often the heads that should be linked are looked at; after what happens to a link, at once."""
+"""How often the heads that should be linked are looked at while one is missing; at once when a link has closed."""
+LOOK_WHOLE_MS = 1_000.0
+"""The same when none is missing; when others are heads, with the next message of one."""
 _PACKET = RaftPacket()
 
 
@@ -62,6 +68,9 @@ class _Transport:
 class RaftHost:
     """See the module. Everything runs under `reactor.lock`."""
 
+    address_of: Callable[[str], str | None] = staticmethod(NAMES.endpoint)
+    """Looks names up; the simulator has none."""
+
     def __init__(
         self,
         reactor: Reactor,
@@ -72,28 +81,41 @@ class RaftHost:
         join: bool = False,
         fsync: bool = True,
         on_failed: Callable[[Exception], None] = lambda error: None,
+        files: Files = OS_FILES,
+        rng: random.Random | None = None,
+        cluster_id: bytes | None = None,
+        replica_id: bytes | None = None,
+        replica_kind: Callable[..., RaftReplica] = RaftReplica,
     ) -> None:
         """Opens the head in `directory`, listens at `endpoint` (as the others know it), and begins to dial.
 
         `heads` is empty for a head that goes on with what its directory says. `on_failed` is told why the replica has
-        stopped by itself; it is closed then. Raises the errors of `Journal` and of `RaftReplica`.
+        stopped by itself; it is closed then.
+
+        What the simulator has its own of: the `files` under the journal; `rng`, for the pauses before elections (None:
+        seeded by the system); the `cluster_id` (None: the reactor's) and the `replica_id` that the journal must have
+        (None: any); and what makes the replica, called as `RaftReplica` is. Raises the errors of `Journal` and of
+        `RaftReplica`.
         """
         self.reactor = reactor
         self.endpoint = endpoint
         self.on_failed = on_failed
         path = Path(directory)
-        if (path / JOURNAL_NAME).exists():
+        if files.exists(path / JOURNAL_NAME):
             raise MembershipMismatchError(
                 f"the directory {path} is that of a head that is alone in its cluster: it can't become one of several. "
                 "Start this head with another directory"
             )
-        if not heads and not (path / HEADS_JOURNAL_NAME).exists():
+        if not heads and not files.exists(path / HEADS_JOURNAL_NAME):
             raise MembershipMismatchError(f"the directory {path} knows no heads: say which there are (--heads)")
-        journal = Journal.open(path / HEADS_JOURNAL_NAME, reactor.cluster_id, fsync=fsync)
+        journal = Journal.open(
+            path / HEADS_JOURNAL_NAME, reactor.cluster_id if cluster_id is None else cluster_id, replica_id,
+            fsync=fsync, files=files,
+        )  # fmt: skip
         try:
-            self.replica = RaftReplica(
+            self.replica = replica_kind(
                 journal, endpoint=endpoint, heads=heads, transport=_Transport(self), now_ms=reactor.now_ms,
-                rng=random.Random(), join=join, value_bytes_max=reactor.config.value_bytes_max,
+                rng=rng or random.Random(), join=join, value_bytes_max=reactor.config.value_bytes_max,
             )  # fmt: skip
         except BaseException:
             journal.close()
@@ -108,6 +130,8 @@ class RaftHost:
         self._unreached: dict[str, str] = {}
         """By endpoint, why it could not be reached."""
         self._timer: Timer | None = None
+        self._looked_at: Table = ()
+        """The heads as they were when it was looked whether one is missing."""
         self._closed = False
         self._failed = False
         self.server = GcsServer(reactor, self.replica, reactor.config, self)
@@ -161,6 +185,10 @@ class RaftHost:
             f"{', '.join(there)} answer{'s' if len(there) == 1 else ''}; not {', '.join(gone)}"
         )
 
+    def beat(self) -> bool:
+        """Lets the other heads hear this one, if it leads and has nothing else to do. False: a turn is due instead."""
+        return self.replica.beat()
+
     def failed(self, error: Exception) -> None:
         """The replica has stopped by itself."""
         if not self._failed:
@@ -179,8 +207,10 @@ class RaftHost:
     def on_message(self, link: Link, message: Message, payload: bytes | bytearray) -> None:
         if type(message) is not RaftPacket:
             raise ProtocolError(f"{type(message).__name__} is not what heads say to each other")
-        self.replica.link_message(link, payload)
-        self.server.wake()
+        if self.replica.link_message(link, payload):
+            self.server.wake()
+        if self.replica.members is not self._looked_at:
+            self._look()
 
     def on_closed(self, link: Link, reason: str) -> None:
         if self._links.pop(link, 0) is None:  # it was open
@@ -208,8 +238,16 @@ class RaftHost:
         if self._closed:
             return
         now_ms = self.reactor.now_ms()
-        wake_ms = now_ms + LOOK_MS
-        for endpoint in self.replica.wanted():
+        wanted = self.replica.wanted()
+        if max(len(self._pauses), len(self._unreached)) > NOTES_MAX:
+            known = {*wanted, *self.endpoints()}
+            self._pauses = {at: each for at, each in self._pauses.items() if at in known}
+            self._unreached = {at: each for at, each in self._unreached.items() if at in known}
+        wake_ms = now_ms + (LOOK_MS if wanted else LOOK_WHOLE_MS)
+        self._looked_at = self.replica.members
+        for endpoint in [each for each in self._pauses if each not in wanted]:
+            del self._pauses[endpoint]  # not as soon as it is open: whoever lets us in to send us away is no head now
+        for endpoint in wanted:
             if endpoint in self._dialled:
                 continue
             due_ms, pause_ms = self._pauses.get(endpoint, (0.0, DIAL_FIRST_MS))
@@ -227,12 +265,15 @@ class RaftHost:
 
     def _dial(self, endpoint: str) -> None:
         def opened(link: Link) -> None:
-            self._pauses.pop(endpoint, None)
             self._unreached.pop(endpoint, None)
             self._opened(link, dialled=True)
 
         try:
-            self._dialled[endpoint] = self.reactor.connect(endpoint, ROLE_HEAD, self, on_open=opened)
+            address = self.address_of(endpoint)
+            if address is None:
+                self._unreached.setdefault(endpoint, "its name is being looked up")
+            else:
+                self._dialled[endpoint] = self.reactor.connect(address, ROLE_HEAD, self, on_open=opened)
         except (OSError, ValueError) as error:
             self._unreached[endpoint] = str(error)
 
@@ -260,18 +301,21 @@ class HeadTool:
         replica = host.replica
         if query.what == "heads":
             guests = [{"replica": replica_id.hex(), "endpoint": endpoint} for replica_id, endpoint in replica.guests]
-            status = {**replica.status(), "guests": guests, "pid": os.getpid(), "why_no_leader": ""}
+            status = {
+                **replica.status(), "heads": list(host.endpoints()), "guests": guests, "pid": os.getpid(),
+                "why_no_leader": "",
+            }  # fmt: skip
             if not replica.leader_hint and not replica.is_leader:
                 status["why_no_leader"] = host.why_no_leader()
             link.send(ToolReply(query.request), json.dumps(status).encode())
         elif query.what == "transfer":
-            if not replica.is_leader:
-                raise ValueError(f"{host.endpoint} does not lead the cluster")
-            if not replica.status()["connected"]:
-                raise ValueError("there is no other head that could lead")
-            replica.hand_over()
+            to = _text(query, "to", "")
+            began_ms = host.reactor.now_ms()
+            replica.hand_over(
+                self._member(to) if to else b"",
+                lambda result: self._handed_over(link, query.request, result, began_ms),
+            )
             host.server.wake()
-            link.send(ToolReply(query.request), json.dumps({"leader": host.endpoint}).encode())
         elif query.what == "add":
             endpoint, replaced = _text(query, "endpoint"), _text(query, "replaces", "")
             guest = [each for each in replica.guests if each[1] == endpoint]
@@ -294,6 +338,8 @@ class HeadTool:
         """A member by its endpoint, or by the beginning of its id. Of two at one endpoint, the one that votes."""
         members = self._host.replica.members
         found = [each for each in members if text and (each.endpoint == text or each.replica_id.hex().startswith(text))]
+        if len(found) > 1:
+            found = [each for each in found if each.voter] or found
         ids = {each.replica_id for each in found}
         if len(ids) != 1:
             raise ValueError(f"{text!r} names {len(ids) or 'none'} of the heads, which are {show(members)}")
@@ -301,9 +347,14 @@ class HeadTool:
         assert member is not None
         return member.replica_id
 
-    def _changed(self, link: Link, request: int, result: Result) -> None:
+    def _handed_over(self, link: Link, request: int, result: Result, began_ms: float) -> None:
+        took_ms = round(self._host.reactor.now_ms() - began_ms, 1)
+        answer = {"leader": self._host.replica.leader_hint, "took_ms": took_ms}
+        self._changed(link, request, result, json.dumps(answer).encode())
+
+    def _changed(self, link: Link, request: int, result: Result, answer: bytes = b"{}") -> None:
         if result.ok:
-            link.send(ToolReply(request), b"{}")
+            link.send(ToolReply(request), answer)
         else:
             code = f" ({result.code.value})" if result.code is Code.NOT_LEADER else ""
             link.send(ToolReply(request, f"{result.message}{code}"))

@@ -29,6 +29,7 @@ from typing import NamedTuple, Protocol, TypeVar
 
 import msgspec
 
+from ftray.gcs.compaction import Compaction, Compactor
 from ftray.gcs.journal import Journal
 from ftray.gcs.journal_format import ENTRY, SNAPSHOT, Record
 from ftray.gcs.state.commands import AnyCommand, decode_command
@@ -43,6 +44,7 @@ from ftray.gcs.state.errors import (
     SnapshotVersionError,
     UnknownCommandError,
 )
+from ftray.gcs.state.sessions import checksum_of
 from ftray.gcs.state.state import VALUE_BYTES_MAX, GcsState, admit
 from ftray.gcs.state.tables import Change, Code, Result
 
@@ -145,8 +147,7 @@ class SingleReplica:
         "value_bytes_max",
         "_busy",
         "_callbacks",
-        "_compact_at_bytes",
-        "_compact_bytes",
+        "_compactor",
         "_index",
         "_journal",
         "_queue",
@@ -172,7 +173,6 @@ class SingleReplica:
         """
         self.endpoint = endpoint
         self.value_bytes_max = value_bytes_max
-        self._compact_bytes = compact_bytes
         self._queue: list[tuple[Request, ReplyCallback]] = []
         self._callbacks: list[ChangeCallback] = []
         self._reads: list[Confirmed] = []
@@ -187,7 +187,8 @@ class SingleReplica:
             raise
         self.note = self._journal.note
         """What was cut off at the start, for the log; empty if nothing."""
-        self._compact_at_bytes = max(self._compact_bytes, 2 * snapshot_bytes)
+        journal = self._journal
+        self._compactor = Compactor(lambda: journal.size_bytes, compact_bytes, snapshot_bytes, self._begin_compaction)
 
     @property
     def is_leader(self) -> bool:
@@ -217,6 +218,10 @@ class SingleReplica:
         """
         if self._busy:
             raise RuntimeError("flush inside a callback of the replica: propose is enough, its turn comes")
+        if not self._queue and self._journal is not None:
+            self._journal.seal()
+        if not self._queue and self._compactor.running:
+            self._compact_on()
         while self._queue:
             batch, self._queue = self._queue, []
             try:
@@ -234,8 +239,9 @@ class SingleReplica:
             self._end_reads(True)
 
     def next_wake_ms(self) -> float:
-        """Never: all is done in the `flush` after it was asked for."""
-        return NEVER_MS
+        """At once while the journal is being compacted; otherwise never: all is done in the `flush` after it was asked
+        for."""
+        return 0.0 if self._compactor.running else NEVER_MS
 
     def confirm(self, confirmed: Confirmed) -> None:
         """Calls back with True from the next `flush`, or with False from `close`. Raises ReplicaClosedError."""
@@ -283,28 +289,29 @@ class SingleReplica:
                 self._index += len(records)
                 for position, command in commands:
                     request = requests[position]
-                    results[position] = self.state.apply(request.client_id, request.sequence, command)
+                    checksum = checksum_of(request.command)
+                    results[position] = self.state.apply(request.client_id, request.sequence, command, checksum)
             except JournalWriteError:
+                self._compactor.put_off()  # the room that it takes is what is missing, perhaps
                 raise
             except BaseException:
                 self.close()  # What is in the journal and what is in memory may differ now.
                 raise
             self._publish()
-            if journal.size_bytes >= self._compact_at_bytes:
-                self._try_compact()
+            self._compact_on()
         return [result for result in results if result is not None]
 
     def _check(self, request: Request) -> AnyCommand | Result:
         """The command, or the answer to one that is not to be written."""
         state = self.state
-        known = state.recall(request.client_id, request.sequence)
+        known = state.recall(request.client_id, request.sequence, checksum_of(request.command))
         if known is not None:
             return known
         try:
             command = decode_command(request.command)
         except CommandError as error:
             return Result(Code.INVALID, str(error), state.revision)
-        refused = admit(command, self.value_bytes_max)
+        refused = admit(command, self.value_bytes_max, len(request.command))
         return command if refused is None else Result(Code.TOO_LARGE, refused, state.revision)
 
     # --- changes -----------------------------------------------------------------------------------------------------
@@ -341,29 +348,33 @@ class SingleReplica:
     # --- the journal -------------------------------------------------------------------------------------------------
 
     def compact(self) -> None:
-        """Replaces the journal by a snapshot of the state. Raises JournalWriteError (the old one goes on)."""
-        journal = self._open_journal()
-        snapshot = self.state.snapshot()
-        self._compact_at_bytes = max(self._compact_bytes, 2 * len(snapshot))
+        """Replaces the journal by a snapshot of the state, before it returns: for tools, since nothing else is done
+        meanwhile. Raises JournalWriteError (the old one goes on), JournalFailedError, ReplicaClosedError."""
+        self._open_journal()
         try:
-            journal.compact(snapshot, 0, self._index)
+            self._compactor.at_once()
         except JournalWriteError:
             raise
         except BaseException:
             self.close()
             raise
 
-    def _try_compact(self) -> None:
+    def _compact_on(self) -> None:
+        """Begins to compact the journal if it is long, or goes on with that by one step."""
         try:
-            self.compact()
-        except JournalWriteError as error:
-            log.warning("%s; the old journal is kept and grows", error)
-            self._compact_at_bytes = self._open_journal().size_bytes + self._compact_bytes
+            self._compactor.turn()
+        except BaseException:
+            self.close()
+            raise
+
+    def _begin_compaction(self, wait: bool) -> Compaction:
+        return self._open_journal().begin_compaction(self.state.picture(), 0, self._index, wait=wait)
 
     def close(self) -> None:
         """Closes the journal. What has been proposed and not flushed is answered `not_leader`. May be repeated."""
         journal, self._journal = self._journal, None
         if journal is not None:
+            self._compactor.abort()
             journal.close()
         batch, self._queue = self._queue, []
         self._answer_all(batch, Code.NOT_LEADER, "this head is stopping")
@@ -398,5 +409,6 @@ class SingleReplica:
         if record.index != self._index + 1:
             raise CommandError(f"entry {record.index} follows entry {self._index}")
         entry = _decode_entry(record.payload)
-        self.state.apply(entry.client_id, entry.sequence, decode_command(entry.command))
+        command = decode_command(entry.command)
+        self.state.apply(entry.client_id, entry.sequence, command, checksum_of(entry.command))
         self._index = record.index

@@ -6,6 +6,9 @@ concerns it.
 Rules
 - What is watched from now on is told as it is (a snapshot; keys that do not exist are told too), then its changes.
 - A watch that resumes from a revision gets the changes since, or, if those have been compacted, a snapshot.
+- Of several heads none says on its own that a key was never there: what a follower (or a leader that is none any more)
+  lacks may have been written long ago. It tells of the key when there is something, or when it is sure that it leads.
+- The state may be replaced by a later one: then each watcher gets the difference as a snapshot.
 - A watcher that reads slowly is bounded: while more than `backlog_bytes_max` waits for it, it is told nothing, and
   later it gets what it has missed since, in portions, or a snapshot. It misses states in between, never the newest.
 - A change is encoded once, and a change costs those who watch it, not all watchers.
@@ -33,7 +36,7 @@ Item = tuple[Table, bytes]
 class Watcher:
     """What one link watches, and how far it has been told."""
 
-    __slots__ = ("behind", "keys", "link", "new_keys", "new_tables", "sent_revision", "tables")
+    __slots__ = ("behind", "keys", "link", "new_keys", "new_tables", "sent_revision", "tables", "unsure")
 
     def __init__(self, link: Link) -> None:
         self.link = link
@@ -42,6 +45,8 @@ class Watcher:
         self.new_tables: set[Table] = set()
         """Watched, but not told yet how they are; the same for `new_keys`."""
         self.new_keys: set[Item] = set()
+        self.unsure: set[Item] = set()
+        """Keys that are not there, as far as is known here; the watcher has not been told so."""
         self.sent_revision = 0
         self.behind = False
 
@@ -52,37 +57,60 @@ class Watcher:
 class WatchHub:
     """All watchers of one replica. Used under the reactor's lock."""
 
-    __slots__ = ("_behind", "_by_key", "_by_table", "_reactor", "_timer_due", "backlog_bytes_max", "snapshots")
+    __slots__ = (
+        "_behind", "_by_key", "_by_table", "_one_of_several", "_reactor", "backlog_bytes_max", "follows", "snapshots",
+        "tellings_following",
+    )  # fmt: skip
 
-    def __init__(self, reactor: Reactor, backlog_bytes_max: int) -> None:
+    def __init__(self, reactor: Reactor, backlog_bytes_max: int, one_of_several: bool = False) -> None:
         self._reactor = reactor
+        self._one_of_several = one_of_several
         self.backlog_bytes_max = backlog_bytes_max
+        self.follows = False
+        """This head does not lead."""
         self.snapshots = 0
-        """How many were sent, for status and tests."""
+        """How many were sent, for status and tests; the same for `tellings_following`."""
+        self.tellings_following = 0
+        """Messages to watchers while this head did not lead."""
         self._by_table: dict[Table, dict[Watcher, None]] = {table: {} for table in Table}
         self._by_key: dict[Item, dict[Watcher, None]] = {}
         self._behind: dict[Watcher, None] = {}
-        self._timer_due = False
 
     # --- watching -----------------------------------------------------------------------------------------------------
 
     def add(
-        self, state: GcsState, watcher: Watcher, tables: Sequence[Table], keys: Sequence[bytes], since: int
+        self, state: GcsState, watcher: Watcher, tables: Sequence[Table], keys: Sequence[Item], since: int
     ) -> None:
-        """Adds to what is watched: whole tables, or these keys in them; `since` is -1, or how far it has been told."""
-        items = [(table, key) for table in tables for key in keys]
-        whole = () if keys else tables
-        missed = state.changes_since(since, tables) if since >= 0 else COMPACTED
+        """Adds to what is watched: whole tables, and keys in others; `since` is -1, or how far it has been told."""
+        concerned = {*tables, *(table for table, _ in keys)}
+        missed = state.changes_since(since, concerned) if 0 <= since <= state.revision else COMPACTED
+        self._index(watcher, tables, keys)
+        if self._one_of_several and since < 0:
+            watcher.unsure.update(keys)
         if missed is COMPACTED or watcher.behind:
-            watcher.new_tables.update(whole)
-            watcher.new_keys.update(items)
-            self._index(watcher, whole, items)
+            watcher.new_tables.update(tables)
+            watcher.new_keys.update(keys)
             self._catch_up(state, watcher)
             return
-        self._index(watcher, whole, items)
-        wanted = set(items)
-        told = missed if not keys else [change for change in missed if (change.table, change.key) in wanted]
+        wanted, whole = set(keys), set(tables)
+        told = [change for change in missed if change.table in whole or (change.table, change.key) in wanted]
         self._send(watcher, [encode_change(change) for change in told], state.revision)
+
+    def tell_absent(self, state: GcsState, watcher: Watcher) -> None:
+        """It is sure that the state has all that was acknowledged anywhere: what is not in it is not there."""
+        watcher.new_keys |= watcher.unsure
+        watcher.unsure.clear()
+        if watcher.new_keys:
+            self._catch_up(state, watcher)
+
+    def reset(self, state: GcsState) -> None:
+        """The state is another, later one: no changes lead to it."""
+        watchers: dict[Watcher, None] = {}
+        for some in (*self._by_table.values(), *self._by_key.values()):
+            watchers.update(some)
+        for watcher in watchers:
+            self._leave_behind(watcher)
+            self._catch_up(state, watcher)
 
     def _index(self, watcher: Watcher, tables: Iterable[Table], items: Iterable[Item]) -> None:
         for table in tables:
@@ -92,17 +120,30 @@ class WatchHub:
             watcher.keys.add(item)
             self._by_key.setdefault(item, {})[watcher] = None
 
+    def drop(self, watcher: Watcher, items: Iterable[Item]) -> None:
+        """The watcher need not be told of these keys any more."""
+        for item in items:
+            watcher.keys.discard(item)
+            watcher.new_keys.discard(item)
+            watcher.unsure.discard(item)
+            self._unindex(watcher, item)
+
     def remove(self, watcher: Watcher) -> None:
         """The watcher's link is gone."""
         for table in watcher.tables:
             self._by_table[table].pop(watcher, None)
         for item in watcher.keys:
-            watchers = self._by_key[item]
+            self._unindex(watcher, item)
+        watcher.tables, watcher.keys = set(), set()
+        watcher.unsure.clear()
+        self._behind.pop(watcher, None)
+
+    def _unindex(self, watcher: Watcher, item: Item) -> None:
+        watchers = self._by_key.get(item)
+        if watchers is not None:
             watchers.pop(watcher, None)
             if not watchers:
                 del self._by_key[item]
-        watcher.tables, watcher.keys = set(), set()
-        self._behind.pop(watcher, None)
 
     # --- telling ------------------------------------------------------------------------------------------------------
 
@@ -118,6 +159,8 @@ class WatchHub:
             for watcher in by_table:
                 parts.setdefault(watcher, []).append(encoded)
             for watcher in by_key or ():
+                if watcher.unsure:
+                    watcher.unsure.discard((change.table, change.key))
                 if watcher not in by_table:
                     parts.setdefault(watcher, []).append(encoded)
         for watcher, encoded_changes in parts.items():
@@ -132,6 +175,7 @@ class WatchHub:
         self, watcher: Watcher, encoded: list[bytes], revision: int, whole: Iterable[Table] = (), snapshot: bool = False
     ) -> None:
         watcher.sent_revision = revision
+        self.tellings_following += self.follows
         watcher.link.send(GcsChanges(revision, snapshot), join_changes(encoded, whole))
 
     def _leave_behind(self, watcher: Watcher) -> None:
@@ -186,6 +230,11 @@ class WatchHub:
         keys, watcher.new_keys = sorted(watcher.new_keys), set()
         rows = state.rows_as_changes(tables)
         for table, key in keys:
+            record = state.store.rows(table).get(key)
+            if record is not None:
+                watcher.unsure.discard((table, key))
+            elif (table, key) in watcher.unsure:
+                continue
             if table not in tables:
-                rows.append(Change(state.revision, table, key, state.store.rows(table).get(key)))
+                rows.append(Change(state.revision, table, key, record))
         self._send(watcher, [encode_change(row) for row in rows], state.revision, tables, snapshot=True)

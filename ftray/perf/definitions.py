@@ -95,5 +95,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     Benchmark(
         "gcs-frozen", "write after the leader's SIGSTOP", "ms", gcs.leader_frozen, False, 600, rounds=5, session=None,
     ),
+    Benchmark("gcs-idle-leader", "idle head that leads, of a core", "%", gcs.idle_leader, False, 1.5, session=None),
+    Benchmark("gcs-idle", "idle head that follows, of a core", "%", gcs.idle_follower, False, 1.0, session=None),
 )  # fmt: skip
 """In the order in which they are run and shown."""

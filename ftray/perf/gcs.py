@@ -30,6 +30,8 @@ READS_IN_FLIGHT = 64
 SLICE_S = 0.4
 WARM_UP_S = 0.3
 LIMIT_S = 20.0
+IDLE_S = 4.0
+IDLE_WARM_UP_S = 1.0
 SETTLE_S = 0.1
 
 
@@ -214,3 +216,30 @@ def leader_killed(system: Any) -> Samples:
 def leader_frozen(system: Any) -> Samples:
     """After SIGSTOP."""
     yield from _after(_freeze, _thaw)
+
+
+def _idle(leads: bool) -> Samples:
+    """Percent of a core that a head takes while nobody asks it anything: the leader, or a follower on average."""
+    from ftray.cluster_utils import Cluster
+    from ftray.perf.processes import cpu_ns
+
+    with Cluster(heads=HEADS) as cluster:
+        time.sleep(IDLE_WARM_UP_S)
+        while True:
+            leader = cluster.leader()
+            pids = [head.pid for index, head in enumerate(cluster.heads) if head and (index == leader) is leads]
+            begun, before = time.monotonic(), sum(map(cpu_ns, pids))
+            time.sleep(IDLE_S)
+            used_ns, passed_s = sum(map(cpu_ns, pids)) - before, time.monotonic() - begun
+            if cluster.leader() == leader:  # elections are no rest
+                yield 100.0 * used_ns / 1e9 / passed_s / len(pids)
+
+
+def idle_leader(system: Any) -> Samples:
+    """Of the head that leads."""
+    yield from _idle(True)
+
+
+def idle_follower(system: Any) -> Samples:
+    """Of one that does not."""
+    yield from _idle(False)

@@ -182,6 +182,12 @@ class Actors:
         key = actor.environment.key if actor.environment is not None else ""
         self.raylet.leases.pool.request(token, actor.job_id, dedicated=True, environment=key)
 
+    def end_lease(self, lease_id: int, reason: str) -> None:
+        """What the actor holds under this lease is no more: it ends, and is started anew where its options allow."""
+        for actor in list(self.hosted.values()):
+            if actor.lease_id == lease_id:
+                self._kill(actor, reason)
+
     def infeasible(self, token: Hashable, missing: str) -> None:
         """This node can't ever hold the actor: the GCS must choose another."""
         actor = self._of_token(token)

@@ -309,6 +309,7 @@ class _Download:
             kv_key(PACKAGES, key),
             lambda record: then(record.value if isinstance(record, KvRecord) else None),
             on_error=lambda code, text: self._fail(f"the control service can't give it: {text}"),
+            immutable=True,
         )
 
     def _fail(self, error: str) -> None:

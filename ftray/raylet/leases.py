@@ -20,6 +20,7 @@ from ftray.raylet.clients import Client
 from ftray.raylet.environments import Environment
 from ftray.raylet.pool import FAILURES_MAX, State, Worker, WorkerPool
 from ftray.raylet.processes import Process
+from ftray.scheduling.bundles import BundleToken
 from ftray.scheduling.leases import DedicatedInfeasible, DemandError, Grant, LeaseScheduler
 from ftray.wire.messages import (
     ExitWorker,
@@ -122,17 +123,20 @@ class Leases:
         """The owner of leases is dead: what they run is of no use to anybody."""
         for lease_id in self.scheduler.drop_client(client.worker_id):
             lease = self.given.get(lease_id)
-            if lease is None:
-                continue
-            if lease.worker_id:
-                self.pool.retire(lease.worker_id)
-                self.raylet.processes.kill(lease.worker_id, "the owner of its task is gone")
-            else:
-                self._end(lease)
+            if lease is not None:
+                self.end(lease, "the owner of its task is gone")
         for key in [key for key in self.infeasible if key[0] == client.worker_id]:
             del self.infeasible[key]
         self.raylet.setups.client_gone(client)
         self.settle_soon()
+
+    def end(self, lease: GivenLease, reason: str) -> None:
+        """Ends what runs under the lease, and with it the lease."""
+        if lease.worker_id:
+            self.pool.retire(lease.worker_id)
+            self.raylet.processes.kill(lease.worker_id, reason)
+        else:
+            self._end(lease)
 
     def block(self, client: Client, blocked: bool) -> None:
         """A worker waits in `get`, or goes on."""
@@ -232,6 +236,8 @@ class Leases:
         raylet = self.raylet
         if raylet.stopping:
             return
+        if raylet.groups.bundles.returning:
+            raylet.groups.settled()
         now_ms = self._now()
         pool, scheduler = self.pool, self.scheduler
         for grant in scheduler.dispatch(now_ms, UNSERVED_MAX - pool.requests):
@@ -244,6 +250,8 @@ class Leases:
                 lease.environment = raylet.setups.of_class(grant.client, grant.class_id)
                 key = lease.environment.key if lease.environment is not None else ""
                 pool.request(grant.lease_id, grant.job_id, environment=key)
+            elif type(grant.token) is BundleToken:
+                raylet.groups.granted(grant.token, grant.lease_id)
             else:
                 raylet.actors.granted(grant.token, grant.lease_id)
         for token, worker in pool.match():
@@ -251,7 +259,10 @@ class Leases:
         self._fork(now_ms)
         for found in scheduler.infeasible():
             if isinstance(found, DedicatedInfeasible):
-                raylet.actors.infeasible(found.token, found.missing)
+                if type(found.token) is BundleToken:
+                    raylet.groups.infeasible(found.token, found.missing)
+                else:
+                    raylet.actors.infeasible(found.token, found.missing)
                 continue
             self.infeasible[found.client, found.class_id] = found.missing
             link = raylet.clients.link_of(found.client)

@@ -21,6 +21,7 @@ import resource
 import signal
 import sys
 import traceback
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ftray.exceptions import FtrayError
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("ftray.raylet")
 
 SPEC_BYTES_MAX = 1 << 20
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def read_line(fd: int) -> bytes:
@@ -75,19 +77,26 @@ def to_log(path: str) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s", force=True)
 
 
-async def serve(node: Node) -> None:
-    """Runs the node until it stops."""
-    import trio
+def note_stop_signals() -> list[int]:
+    """Lets SIGTERM and SIGINT do nothing but be noted in what is returned."""
+    noted: list[int] = []
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda signum, frame: noted.append(signum))
+    return noted
 
-    from ftray.wire.loop import drive
+
+async def serve(node: Node, noted: Sequence[int] = ()) -> None:
+    """Waits until the node stops, which `host` drives meanwhile. `noted` are signals that came before this began."""
+    import trio
 
     stopped = trio.Event()
     node.on_stop = stopped.set
     if node.stopping:
         return
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+    with trio.open_signal_receiver(*STOP_SIGNALS) as signals:
+        for signum in noted:
+            node.stop(f"{signal.Signals(signum).name} arrived")
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(drive, node.reactor)
             nursery.start_soon(_on_signal, node, signals)
             await stopped.wait()
             nursery.cancel_scope.cancel()
@@ -117,11 +126,10 @@ def watch_lifeline(node: Node) -> None:
 def run() -> int:
     """Runs a node; returns the process's exit code."""
     gc.disable()  # nothing dies while modules are imported, and looking for it costs a tenth of the start
-    import trio
-
     from ftray.raylet.node import Node
     from ftray.raylet.spec import parse_spec
     from ftray.raylet.template import name_process
+    from ftray.wire.loop import host
 
     raise_descriptor_limit()
     name_process("ftray:node")
@@ -137,6 +145,7 @@ def run() -> int:
         node.exit_code = 1
         node.close()
         return 1
+    noted = note_stop_signals()  # a member stops in order, also one that has just begun
     say({"ok": True, **node.ready(), "token": node.info.token.hex()})
     to_log(node.log_path)
     gc.freeze()
@@ -144,10 +153,12 @@ def run() -> int:
     try:
         if node.spec.lifeline:
             watch_lifeline(node)
-        trio.run(serve, node)
+        host(node.reactor, serve, node, noted)
     except BaseException:
         log.exception("the node failed")
         node.exit_code = 1
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
     node.close()
     return node.exit_code
 

@@ -31,7 +31,7 @@ from ftray.raylet.hosting import Hosting
 from ftray.raylet.spec import NodeSpec, SpecError, endpoints_of, resources_of, store_bytes_of, token_of
 from ftray.store.arena import Arena
 from ftray.wire.handshake import ANY_CLUSTER, ROLE_CLIENT, ROLE_GCS, ROLE_RAYLET, ROLE_TOOL, cluster_id_of
-from ftray.wire.messages import GcsHeartbeat, Message, NodeFenced
+from ftray.wire.messages import GcsEndpoints, GcsHeartbeat, Message, NodeFenced
 from ftray.wire.reactor import Handler, Link, Reactor, Timer
 
 log = logging.getLogger("ftray.raylet")
@@ -44,7 +44,9 @@ GRACE_MS = 300
 """How long workers may take to exit by themselves when the node stops."""
 TIDY_PERIOD_MS = 1_000
 HEAD_BEAT_SHARE = 0.4
-"""A head's own node gives a sign of life so often, as a share of the timeout."""
+"""A head's own node gives a sign of life so often, as a share of the timeout,"""
+HEADS_BEAT_SHARE = 0.2
+"""and so often while another head leads: it has the links of Raft beside its own."""
 CLUSTER_NAMESPACE = "ftray.cluster"
 _HOPELESS = ("cluster token", "protocol version", "another cluster")
 """What the handshake's errors say when it is not a matter of time."""
@@ -126,6 +128,7 @@ class Node:
             self.reactor, endpoints, node_id, node_id, on_other=self._from_gcs, on_connected=self._gcs_connected
         )
         self.gcs.on_heads = self._gcs_heads
+        self.gcs.own_endpoint = self.spec.head_endpoint or ""
         self._parts.append(self.gcs.close)
         self.info = NodeInfo(
             node_id=node_id, cluster_id=cluster_id, head=self.spec.head, resources=resources,
@@ -248,6 +251,7 @@ class Node:
                 self._lost_gcs = False
                 log.info("connected to the GCS again")
             self._registered = True
+            self.raylet.groups.registered()
         elif result.code == Code.FENCED:
             self._fenced(result.message)
         elif not self.stopping:
@@ -276,6 +280,7 @@ class Node:
     def _gcs_connected(self, connected: bool) -> None:
         if connected and self._registered and not self.stopping:
             self._register()  # a head that has lost its memory learns of this node again
+            self.raylet.groups.gcs_connected()
         if not connected and self._registered and not self.stopping and not self._lost_gcs:
             self._lost_gcs = True
             log.warning("the connection to the GCS is lost; what runs here goes on")
@@ -284,6 +289,8 @@ class Node:
         known, self.info.gcs_endpoints = self.info.gcs_endpoints, tuple(endpoints)  # who comes later gets these
         if self._registered and set(known) != set(endpoints):
             self._announce_again()
+            for client in self.raylet.clients.by_id.values():
+                client.link.send(GcsEndpoints(tuple(endpoints)))
 
     def _head_failed(self, error: Exception) -> None:
         """This head has no part in the GCS any more."""
@@ -293,12 +300,18 @@ class Node:
             log.warning("%s; the node goes on", error)
             self.info.head = self.several = False
             self._announce_again()
-            self.reactor.call_later(0, self.hosting.close)
+            self.reactor.call_later(0, self._retire_head)
             return
         self._failure = str(error)
         self.exit_code = 1
         if self._registered:
             self.stop(f"its head has stopped: {error}")
+
+    def _retire_head(self) -> None:
+        gcs = self.gcs
+        gcs.own_endpoint = ""  # should another head be there one day, it is asked whether it is
+        if self.hosting is not None:
+            self.hosting.retire(lambda: (gcs.served_by if gcs.connected else "", self.info.gcs_endpoints))
 
     def _begin_anew(self, reason: str) -> None:
         """One of several heads must not go with its node, which was frozen for a while, say: that would cost the
@@ -307,6 +320,7 @@ class Node:
         self._incarnation += 1
         for client in list(self.raylet.clients.by_id.values()):
             self.reactor.drop(client.link, f"the node was fenced: {reason}")
+        self.raylet.groups.fenced("the node was declared dead")
         self._register()
 
     def _fenced(self, reason: str) -> None:
@@ -321,8 +335,10 @@ class Node:
         """A sign of life, with what is free here. A head's own node is alive if the head is: it speaks less often, and
         soon after what is free has changed."""
         config = self.reactor.config
-        alone = self.info.head and not self.several
-        period_ms = config.heartbeat_timeout_ms * HEAD_BEAT_SHARE if alone else config.heartbeat_period_ms
+        period_ms = float(config.heartbeat_period_ms)
+        if self.info.head:
+            share = HEADS_BEAT_SHARE if self.several and not self.gcs.at_home else HEAD_BEAT_SHARE
+            period_ms = max(period_ms, config.heartbeat_timeout_ms * share)
         self._said_available = self.raylet.leases.scheduler.available
         if not self._registering:
             self.gcs.send(GcsHeartbeat(self.info.node_id, self._said_available))
@@ -340,6 +356,7 @@ class Node:
 
     def _tidy(self) -> None:
         self.raylet.leases.tidy(self.reactor.now_ms())
+        self.raylet.groups.tidy(self.reactor.now_ms())
         self.reactor.call_later(TIDY_PERIOD_MS, self._tidy)
 
     # --- the end ------------------------------------------------------------------------------------------------------

@@ -34,12 +34,14 @@ from ftray.raylet.forking import TemplateProcess, TemplateSpec
 from ftray.raylet.leases import Leases
 from ftray.raylet.logs import LogHub
 from ftray.raylet.memory_monitor import MemoryMonitor
+from ftray.raylet.placement_groups import PlacementGroups
 from ftray.raylet.pool import WorkerPool
 from ftray.raylet.processes import Process, Processes
 from ftray.raylet.setups import Setups
 from ftray.raylet.store_service import StoreService
 from ftray.scheduling.leases import LeaseScheduler
 from ftray.wire import messages as m
+from ftray.wire.group_messages import GroupMessage
 from ftray.wire.messages import Message
 from ftray.wire.reactor import Link, Reactor
 
@@ -95,6 +97,7 @@ class Raylet:
         pool = WorkerPool(info.resources.get("CPU", 0.0), config.idle_workers_extra, config.idle_worker_kill_ms)
         self.leases = Leases(self, scheduler, pool)
         self.actors = Actors(self)
+        self.groups = PlacementGroups(self)
         self.environments = Environments(self)
         self.setups = Setups(self)
         self.processes = Processes(
@@ -185,7 +188,14 @@ class Raylet:
         # Without a name, a namespace of its own: what one program names is not met by another by chance.
         namespace = hello.namespace or os.urandom(16).hex()
 
+        def late() -> None:
+            if not client.gone:
+                self._answer(client, f"the job could not be entered: {self.gcs.unavailable()}", gcs_away=True)
+                client.link.close("the GCS does not answer")
+                self._client_gone(client, "the GCS does not answer")
+
         def committed(result: Result) -> None:
+            timer.cancel()
             if result.code == Code.EXISTS and not client.gone:
                 self._add_job(client, hello)
             elif not result.ok:
@@ -206,14 +216,15 @@ class Raylet:
 
         entrypoint = hello.entrypoint
         command = AddJob(job_id, client.worker_id, client.pid, self.node_id, entrypoint, namespace)
+        timer = self.reactor.call_later(self.config.job_wait_ms, late)
         self.gcs.command(command, committed)
 
-    def _answer(self, client: Client, error: str, namespace: str = "") -> None:
+    def _answer(self, client: Client, error: str, namespace: str = "", gcs_away: bool = False) -> None:
         info = self.info
         client.link.send(
             m.Registered(
                 info.node_id, client.job_id, info.cluster_id, os.getpid(), info.arena_fd, info.arena_bytes,
-                info.gcs_endpoints, info.session_dir, info.resources, namespace, error,
+                info.gcs_endpoints, info.session_dir, info.resources, namespace, error, gcs_away,
             ),
             self._registered_payload,
         )  # fmt: skip
@@ -356,6 +367,8 @@ class Raylet:
             if job is not None:
                 job.ended = True
             self.leases.kill_idle_of(message.job_id)
+        elif isinstance(message, GroupMessage):
+            self.groups.from_gcs(message)
         else:
             log.warning("the GCS sent an unexpected %s", type(message).__name__)
 
@@ -369,7 +382,7 @@ class Raylet:
                 self.clients.add_job(Job(message.job_id, b"", record.namespace))
             self.actors.start(message, creation)
 
-        self.gcs.read(Table.JOBS, message.job_id, read)
+        self.gcs.read(Table.JOBS, message.job_id, read, immutable=True)  # as far as it is looked at here
 
     # --- workers ------------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,8 @@
 """Answers to command-line tools: what this node is doing, its logs, its objects; and the request to stop.
 
 Role: shell. Each `ToolQuery` gets one `ToolReply` with JSON, or with an error that says what to ask instead. What the
-GCS knows is asked there, for at most `GCS_WAIT_MS`; a node whose GCS is away still answers for itself.
+GCS knows is asked there, for at most `GCS_WAIT_MS`; a node whose GCS is away still answers for itself. Any head may say
+how things are: a cluster without a leader can be looked at, and the answer says who gave it.
 
 Rejected: a table of fields to choose from (the command line can leave out what it does not show).
 """
@@ -14,21 +15,23 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ftray.exceptions import ProtocolError
-from ftray.gcs.state.tables import ActorRecord, JobRecord, NodeRecord, Record, Table
+from ftray.gcs.state.tables import ActorRecord, GroupRecord, GroupState, JobRecord, NodeRecord, Record, Table
 from ftray.raylet.asking import Said
 from ftray.raylet.logs import list_logs, tail_log
 from ftray.raylet.tool_questions import QUESTIONS, ask_processes
+from ftray.scheduling.bundles import BundleToken
 from ftray.wire.messages import Message, ToolQuery, ToolReply
 from ftray.wire.reactor import Link, Timer
 
 if TYPE_CHECKING:
+    from ftray.gcs.client import GcsClient
     from ftray.raylet.raylet import Raylet
 
 GCS_WAIT_MS = 1_000
 ASK_WAIT_MS = 200.0
 """How long workers may take to say what they run."""
 TAIL_LINES = 100
-_TABLES = (Table.NODES, Table.JOBS, Table.ACTORS)
+_TABLES = (Table.NODES, Table.JOBS, Table.ACTORS, Table.PLACEMENT_GROUPS)
 
 
 class ToolHandler:
@@ -86,11 +89,12 @@ class ToolHandler:
         handles: list[int] = []
         timer: list[Timer] = []
         read: list[bool] = []
+        source: dict[str, Any] = {}
 
         def answer_if_all() -> None:
             if running and read:
                 status = self.local_status(running[0])
-                _reply(link, request, {**status, "gcs": _gcs_status(tables) if tables else None})
+                _reply(link, request, {**status, "gcs": {**_gcs_status(tables), **source} if tables else None})
 
         def finish() -> None:
             for handle in handles:
@@ -102,6 +106,9 @@ class ToolHandler:
 
         def got(table: Table, rows: dict[bytes, Record]) -> None:
             tables[table] = rows
+            source.update(head=gcs.served_by, leads=gcs.connected)
+            if not gcs.connected:
+                source["note"] = _note(gcs)
             if len(tables) == len(_TABLES):
                 finish()
 
@@ -117,12 +124,12 @@ class ToolHandler:
         clients = raylet.clients.by_id.values()
         leased = [each for each in clients if each.lease_id and raylet.actors.in_worker(each.worker_id) is None]
         raylet.asking.ask(leased, "running", {}, ASK_WAIT_MS, heard)
-        if not gcs.connected:
+        if not gcs.served_by:
             finish()
             return
         timer.append(self._raylet.reactor.call_later(GCS_WAIT_MS, finish))
         for table in _TABLES:
-            handles.append(gcs.read_all(table, reader(table)))
+            handles.append(gcs.read_all(table, reader(table), cached=True))
 
     def local_status(self, running: dict[bytes, str]) -> dict[str, Any]:
         """What this node knows itself, and what its workers have said they run."""
@@ -139,7 +146,17 @@ class ToolHandler:
                 "gcs_endpoints": list(info.gcs_endpoints),
                 "gcs_connected": raylet.gcs.connected,
             },
-            "resources": {"total": scheduler.total, "available": scheduler.available},
+            "resources": {"total": _of_node(scheduler.total), "available": _of_node(scheduler.available)},
+            "bundles": [
+                {
+                    "group_id": row.group_id.hex(),
+                    "attempt": row.attempt,
+                    "stage": row.stage,
+                    "bundles": {str(index): resources for index, resources in row.bundles.items()},
+                    "reason": row.reason,
+                }
+                for row in raylet.groups.bundles.rows()
+            ],
             "workers": self._workers(running),
             "drivers": [
                 {
@@ -206,7 +223,7 @@ class ToolHandler:
         return {
             "lease_id": row.lease_id,
             "owner": row.client.hex(),
-            "name": self._class(row.client, row.class_id),
+            "name": "a placement group" if type(row.token) is BundleToken else self._class(row.client, row.class_id),
             "actor": _token(row.token),
             "job_id": row.job_id.hex(),
             "worker_id": lease.worker_id.hex() if lease is not None else "",
@@ -219,7 +236,7 @@ class ToolHandler:
         return {
             "client": row.client.hex(),
             "class_id": row.class_id,
-            "name": self._class(row.client, row.class_id),
+            "name": "a placement group" if type(row.token) is BundleToken else self._class(row.client, row.class_id),
             "actor": _token(row.token),
             "job_id": row.job_id.hex(),
             "want": row.want,
@@ -233,17 +250,57 @@ class ToolHandler:
         return client.class_names.get(class_id, "") if client is not None else ""
 
 
+def _of_node(amounts: dict[str, float]) -> dict[str, float]:
+    """Without what bundles of placement groups offer of it under names of their own."""
+    return {name: amount for name, amount in amounts.items() if "_group_" not in name}
+
+
+def _group(group: GroupRecord) -> dict[str, Any]:
+    waits = group.missing or (group.cause.reason if group.cause is not None else "")
+    if not waits and group.state is GroupState.PENDING:
+        waits = "waits until there is room: actors or other placement groups hold the resources"
+    return {
+        "group_id": group.group_id.hex(),
+        "name": group.name,
+        "namespace": group.namespace,
+        "state": group.state.name,
+        "strategy": group.strategy.value,
+        "job_id": group.job_id.hex(),
+        "detached": group.detached,
+        "attempt": group.attempt,
+        "bundles": [
+            {"resources": each.resources, "state": each.state.name, "node_id": each.node_id.hex()}
+            for each in group.bundles
+        ],
+        "nodes": len({each.node_id for each in group.bundles if each.node_id}),
+        "reason": "" if group.state is GroupState.CREATED else waits,
+    }
+
+
 def _token(token: Any) -> str:
-    return token[0].hex() if isinstance(token, tuple) else ""
+    return token[0].hex() if isinstance(token, tuple) and type(token) is not BundleToken else ""
+
+
+def _note(gcs: GcsClient) -> str:
+    """What to know of an answer that did not come from a leader."""
+    head = gcs.served_by
+    why = gcs.failures.get(head, "it does not lead")
+    return (
+        f"as the head {head.removeprefix('tcp:')} knows it: no leader has answered, so this may be some seconds old, "
+        f"or older if that head is cut off ({why})"
+    )
 
 
 def _gcs_status(tables: dict[Table, dict[bytes, Record]]) -> dict[str, Any]:
     counts: dict[str, dict[str, int]] = {}
     nodes = []
+    groups: list[dict[str, Any]] = []
     for table, rows in tables.items():
         states: dict[str, int] = {}
         for record in rows.values():
-            if isinstance(record, NodeRecord | JobRecord | ActorRecord):
+            if isinstance(record, GroupRecord):
+                groups.append(_group(record))
+            if isinstance(record, NodeRecord | JobRecord | ActorRecord | GroupRecord):
                 states[record.state.name] = states.get(record.state.name, 0) + 1
             if isinstance(record, NodeRecord):
                 nodes.append(
@@ -256,8 +313,9 @@ def _gcs_status(tables: dict[Table, dict[bytes, Record]]) -> dict[str, Any]:
                         "resources": record.resources,
                     }
                 )
-        counts[table.value] = states
-    return {"counts": counts, "nodes": nodes}
+        if states or table is not Table.PLACEMENT_GROUPS:  # few programs make any
+            counts[table.value] = states
+    return {"counts": counts, "nodes": nodes, "placement_groups": groups}
 
 
 def _reply(link: Link, request: int, answer: Any) -> None:

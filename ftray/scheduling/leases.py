@@ -23,7 +23,7 @@ request for all CPUs idles the node for as long as the longest task runs); revok
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Collection, Hashable, Mapping
 from typing import NamedTuple
 from weakref import WeakValueDictionary
 
@@ -290,6 +290,39 @@ class LeaseScheduler:
         for dedicated in self._dedicated.values():
             dedicated.reported = False
             self._refresh_dedicated(dedicated)
+
+    def change_total(self, units: Mapping[str, int], sign: int) -> None:
+        """The node has so many units more (`sign` 1) or less (-1) of these resources, as when a bundle comes or goes.
+
+        Looks at the demand for these alone.
+        """
+        self._node.change_total(units, sign)
+        changed: set[Shape] = set()
+        for shape in self._shapes.values():
+            if any(name in units for name in shape.names):
+                feasible = self._node.feasible(shape.request)
+                if feasible != shape.feasible:
+                    shape.feasible = feasible
+                    changed.add(shape)
+        if not changed:
+            return
+        for client in self._clients.values():
+            for demand in client.classes.values():
+                if demand.shape in changed:
+                    demand.reported = False
+                    self._refresh(demand)
+        for dedicated in self._dedicated.values():
+            if dedicated.shape in changed:
+                dedicated.reported = False
+                self._refresh_dedicated(dedicated)
+
+    def leases_on(self, names: Collection[str]) -> list[int]:
+        """The leases that hold some of these resources, oldest first. Looks at all leases."""
+        if not names:
+            return []
+        return [
+            lease.lease_id for lease in self._leases.values() if any(name in names for name in lease.shape.names)
+        ]
 
     def infeasible(self) -> list[Infeasible | DedicatedInfeasible]:
         """Demand that this node can never meet, each reported once until the total changes or it is withdrawn."""

@@ -20,9 +20,15 @@ from collections.abc import Hashable
 from heapq import heapify, heappop, heappush, heapreplace
 from typing import Final
 
+from ftray.ids import group_resource
 from ftray.scheduling.resources import CPU, ResourceSet
 
 _LONG_AGO_MS: Final = float("-inf")
+_CPU_OF_GROUP: Final = group_resource(CPU, b"")
+
+
+def _is_cpu(name: str) -> bool:
+    return name == CPU or name.startswith(_CPU_OF_GROUP)
 
 
 class Turns:
@@ -156,8 +162,9 @@ class Shape:
         self.request = request
         self.amounts = request.amounts()
         """Amounts by name, shared by all grants of this shape: not to be changed."""
-        self.cpu = ResourceSet({CPU: request.units.get(CPU, 0)})
-        self.rest = ResourceSet({name: units for name, units in request.items() if name != CPU})
+        self.cpu = ResourceSet({name: units for name, units in request.items() if _is_cpu(name)})
+        """Its CPU, also that of a bundle of a placement group: what a blocked worker lends."""
+        self.rest = ResourceSet({name: units for name, units in request.items() if not _is_cpu(name)})
         """What a blocked worker keeps: memory and GPUs stay full of its data whether it runs or not."""
         self.names = tuple(request.units)
         self.names_blocked = tuple(self.rest.units)

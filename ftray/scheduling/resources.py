@@ -253,6 +253,20 @@ class NodeResources:
                 self._available.pop(name, None)
         self._total = dict(total.units)
 
+    def change_total(self, units: Mapping[str, int], sign: int) -> None:
+        """The node has so much more (`sign` 1) or less (-1) of these; what is held of them stays held."""
+        for name, amount in units.items():
+            total = self._total.get(name, 0) + sign * amount
+            available = self._available.get(name, 0) + sign * amount
+            if total:
+                self._total[name] = total
+            else:
+                self._total.pop(name, None)
+            if available or total:
+                self._available[name] = available
+            else:
+                self._available.pop(name, None)
+
     def missing(self, request: ResourceSet) -> str:
         """For people: what keeps the request from being allocated, or '' if nothing does.
 

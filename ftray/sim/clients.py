@@ -8,6 +8,7 @@ Workloads, each client one of them
 - *counter*: a new key for each increment; a second effect would find the key there. Reads count the keys.
 - *names*: named actors are created, looked up and killed by their maker.
 - *watch*: two whole tables are watched; what is told of a record must never be older than what was told before.
+- *reader*: see `readers.py`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from chaos.checkers.history import Recorder, Value
 from ftray.config import Config
 from ftray.gcs.client import GcsClient
 from ftray.gcs.state import commands as c
+from ftray.gcs.state.state import GcsState
 from ftray.gcs.state.tables import ActorRecord, Change, Code, KvRecord, Record, Result, Table, kv_key
 from ftray.sim.engine import Simulation
 from ftray.sim.network import Network
@@ -45,6 +47,11 @@ class Histories:
         """Reads: invoked, completed, what was counted."""
         self.acknowledged: list[bytes] = []
         """Keys of increments."""
+        self.read_keys: list[bytes] = []
+        """Keys that were written for `readers.py`."""
+        self.tellings_following = 0
+        """Changes that clients were told by heads that did not lead; the same for reads."""
+        self.reads_following = 0
         self.operations = 0
         self.problems: list[str] = []
 
@@ -105,6 +112,10 @@ class Client(Process):
 
     def step(self) -> None:
         raise NotImplementedError
+
+    def missed(self, state: GcsState) -> Sequence[object]:
+        """What its watches should have told it by now, and have not."""
+        return []
 
     def _refused(self, code: Code, text: str) -> None:
         """A read was not answered, which never is right here."""
@@ -294,6 +305,8 @@ class WatchClient(Client):
     def _on_change(self, change: Change) -> None:
         item = (change.table, change.key)
         self.sim.count(b"watch %d" % change.revision)
+        if not self.gcs.connected:
+            self.histories.tellings_following += 1
         before = self.told.get(item, -1)
         if change.revision < before and self.view.get(item) != change.record:
             self.histories.problems.append(
@@ -308,3 +321,11 @@ class WatchClient(Client):
 
     def step(self) -> None:
         """It only watches."""
+
+    def missed(self, state: GcsState) -> Sequence[object]:
+        rows = {
+            (table, key): record
+            for table in (Table.KV, Table.ACTORS)
+            for key, record in state.store.rows(table).items()
+        }
+        return sorted(item for item in rows.keys() | self.view.keys() if rows.get(item) != self.view.get(item))

@@ -7,7 +7,10 @@ What may go wrong
   names (a rename without a sync of the directory may be undone). A crash of the process alone loses nothing that was
   written.
 - A full disk takes a part of a write and refuses the rest. A sync can be slow, can fail (nobody knows then what is
-  on the disk), and the machine can die in it, before or after the data was durable.
+  on the disk: what was written is shown until the cache is dropped, and later syncs succeed). The machine can die in
+  one, before or after the data was durable.
+- A sync in the background ends when it has been asked for often enough, and may end in the same ways. What was written
+  after it began is not made durable by it.
 - A bit of what was written long ago can flip.
 
 Rejected: keeping the durable image of each file (a copy for each sync); what was overwritten since is enough.
@@ -23,16 +26,22 @@ from pathlib import Path
 
 SECTOR_BYTES = 512
 FSYNC_MS = (0.1, 0.4)
+POLL_MS = 2.0
+"""How often a process asks whether a sync in the background is done, about."""
 
 
 class CrashError(BaseException):
-    """The machine dies here."""
+    """The machine dies here; without `power` only the process does."""
+
+    def __init__(self, power: bool = True) -> None:
+        super().__init__()
+        self.power = power
 
 
 class _File:
     """An inode."""
 
-    __slots__ = ("data", "last_write", "undo")
+    __slots__ = ("data", "failed", "last_write", "undo", "written")
 
     def __init__(self) -> None:
         self.data = bytearray()
@@ -40,9 +49,14 @@ class _File:
         """Writes since the last sync: offset, what was there, the former size, what was written."""
         self.last_write = 0
         """Where the last write began; 0 if that is not known. What is before it is old."""
+        self.written = 0
+        """How many writes there were."""
+        self.failed = False
+        """A sync has failed: what was written is shown, and reaches the disk no more."""
 
     def write(self, data: bytes, offset: int) -> None:
         size = len(self.data)
+        self.written += 1
         self.undo.append((offset, bytes(self.data[offset : offset + len(data)]), size, data))
         if offset > size:
             self.data.extend(bytes(offset - size))
@@ -50,13 +64,20 @@ class _File:
         self.last_write = offset
 
     def truncate(self, size: int) -> None:
+        self.written += 1
         self.undo.append((size, bytes(self.data[size:]), len(self.data), b""))
         del self.data[size:]
         self.last_write = 0
 
+    def sync(self, writes: int) -> None:
+        """The oldest so many writes since the last sync are durable."""
+        if not self.failed:
+            del self.undo[:writes]
+
     def forget_unsynced(self, rng: random.Random) -> None:
         """What the machine's end leaves of it."""
         undo, self.undo = self.undo, []
+        self.failed = False
         if undo:
             self.last_write = 0
         for offset, before, size, _ in reversed(undo):
@@ -99,6 +120,8 @@ class Disk:
         """The next sync fails."""
         self.crash_in_sync: bool | None = None
         """The machine dies in the next sync; True: after the data was durable."""
+        self.kill_in_sync = False
+        """Then only the process dies, and what it wrote may be shown to the next one without being durable."""
         self.syncs = 0
 
     def lose_power(self) -> None:
@@ -116,11 +139,31 @@ class Disk:
         """Damages something old. Returns whether there was anything."""
         for name in sorted(self.names):
             file = self.names[name]
-            if not name.endswith(".lock") and file.last_write > SECTOR_BYTES and not file.undo:
+            if not name.endswith(".new") and file.last_write > SECTOR_BYTES and not file.undo:
                 at = self.rng.randrange(file.last_write)
                 file.data[at] ^= 1 << self.rng.randrange(8)
                 return True
         return False
+
+
+class SimSyncing:
+    """See `ftray.gcs.files.Syncing`."""
+
+    def __init__(self, files: SimFiles, file: _File) -> None:
+        disk = files.disk
+        self._files = files
+        self._file = file
+        self._writes = file.written
+        self._polls = 1 + int(disk.rng.uniform(*disk.fsync_ms) / POLL_MS)
+
+    def done(self) -> bool:
+        self._polls -= 1
+        if self._polls > 0:
+            return False
+        if not self._polls:
+            file = self._file
+            self._files._synced(file, max(0, len(file.undo) - (file.written - self._writes)))
+        return True
 
 
 class SimFiles:
@@ -177,18 +220,37 @@ class SimFiles:
 
     def fdatasync(self, fd: int) -> None:
         self._alive()
+        self._spend_ms(self.disk.rng.uniform(*self.disk.fsync_ms))
+        file = self._open[fd]
+        self._synced(file, len(file.undo))
+
+    def begin_sync(self, fd: int) -> SimSyncing:
+        self._alive()
+        return SimSyncing(self, self._open[fd])
+
+    def close_later(self, fd: int) -> None:
+        self.close(fd)
+
+    def _synced(self, file: _File, writes: int) -> None:
+        """The end of a sync of the first so many writes."""
+        self._alive()
         disk = self.disk
         disk.syncs += 1
-        self._spend_ms(disk.rng.uniform(*disk.fsync_ms))
         if disk.fail_sync:
             disk.fail_sync = False
+            file.failed = True
             raise OSError(errno.EIO, "the simulated disk has failed")
         crash, disk.crash_in_sync = disk.crash_in_sync, None
         if crash is not False:
-            self._open[fd].undo.clear()
+            file.sync(writes)
         if crash is not None:
             self.dead = True  # what its end would still write is not written
-            raise CrashError
+            raise CrashError(power=not disk.kill_in_sync)
+
+    def drop_cached(self, fd: int) -> None:
+        file = self._open[fd]
+        if file.failed:
+            file.forget_unsynced(self.disk.rng)
 
     def size(self, fd: int) -> int:
         return len(self._open[fd].data)

@@ -1,7 +1,8 @@
-"""Schedules of faults: drawn from a seed, applied to a world, dropped one by one to find a smaller one that fails.
+"""Schedules of faults: drawn from a seed, applied to a world.
 
 Role: shell of nothing; it decides what breaks when. A fault names its target by number or as the leader of the moment,
-and lasts for a time of its own, so that each can be left out without changing what the others are.
+and lasts for a time of its own, so that each can be left out or changed without changing what the others are. Schedules
+may also come from hypothesis (`strategies.py`) or from a file (`schedules.py`).
 
 Rules
 - At most one disk at a time is emptied or damaged, and no other before the head is replaced: more would lose data by
@@ -38,6 +39,8 @@ KINDS: dict[str, tuple[tuple[str, int], ...]] = {
 """What may be asked for, and what it stands for, with weights."""
 
 LEADER = -1
+KILL_IN_SYNC = 0.4
+"""Of the deaths in a sync, how many are those of a process, and not of its machine."""
 
 
 @dataclass(frozen=True)
@@ -220,7 +223,7 @@ def _of_disk(world: World, fault: Fault, head: Head) -> None:
         disk.fail_sync = True
         head.may_fail = True
     elif fault.kind == "crash_in_sync":
-        disk.crash_in_sync = fault.flag
+        disk.crash_in_sync, disk.kill_in_sync = fault.flag, fault.amount < KILL_IN_SYNC
     elif fault.kind == "flip":
         if world.may_damage(head):
             head.crash(power=fault.flag)

@@ -1,7 +1,7 @@
 """A simulated head: the production replica, journal and GCS server on a simulated machine.
 
 Role: shell. The host's reactor, clock and randomness come from the simulation, its journal lies on a simulated disk;
-what `RaftHost`, `RaftReplica` and `GcsServer` do with them is the production code.
+what `RaftHost`, `RaftReplica` and `GcsServer` do with them is the production code, from its constructor on.
 
 A head that must not come back as it is (its disk was emptied or is damaged, it was replaced) is brought back as an
 operator would: with an empty disk, as a new member that takes the former one's place.
@@ -21,8 +21,7 @@ from ftray.gcs.raft.errors import ReplicaRefusedError, ReplicaRemovedError
 from ftray.gcs.raft.membership import find
 from ftray.gcs.raft.replica import RaftReplica
 from ftray.gcs.raft.shell import Timing
-from ftray.gcs.raft_host import RaftHost, _Transport
-from ftray.gcs.server import GcsServer
+from ftray.gcs.raft_host import RaftHost
 from ftray.gcs.state.errors import GcsError, JournalCorruptError, JournalFailedError, JournalWriteError
 from ftray.gcs.state.tables import Result
 from ftray.sim.checks import Checks
@@ -33,7 +32,7 @@ from ftray.sim.process import Process, SimReactor
 
 CLUSTER = b"C" * 16
 OPERATOR_MS = 300.0
-JOURNAL = Path("/gcs/journal")
+DIRECTORY = Path("/gcs")
 
 
 class CheckedReplica(RaftReplica):
@@ -77,31 +76,26 @@ class Hooks:
 
 
 class SimHost(RaftHost):
-    """The production host, with the journal on a simulated disk. Only what opens things is different."""
+    """The production host, with the journal on a simulated disk and a replica that is checked."""
+
+    address_of = staticmethod(lambda endpoint: endpoint)
 
     def __init__(self, head: Head, reactor: SimReactor) -> None:
-        self.reactor = reactor  # type: ignore[assignment]
-        self.endpoint = head.name
-        self.on_failed = head.failed
-        journal = Journal.open(JOURNAL, CLUSTER, head.hooks.identity(head), files=head.files)
-        head.replica_id = journal.replica_id
+        hooks = head.hooks
         # The checks are told of entries that are applied in the constructor, too.
-        members = {"applied": staticmethod(partial(head.hooks.checks.applied, head)), "checks": head.hooks.checks}
-        kind = type("Replica", (head.hooks.replica,), members)
-        self.replica = kind(
-            journal, endpoint=head.name, heads=head.heads, transport=_Transport(self), now_ms=head.clock_ms,
-            rng=random.Random(head.rng.getrandbits(64)), join=head.joining, timing=head.hooks.timing,
-            compact_bytes=head.hooks.compact_bytes,
+        members = {"applied": staticmethod(partial(hooks.checks.applied, head)), "checks": hooks.checks}
+        kind = type("Replica", (hooks.replica,), members)
+
+        def replica(journal: Journal, **arguments: Any) -> CheckedReplica:
+            head.replica_id = journal.replica_id
+            made: CheckedReplica = kind(journal, timing=hooks.timing, compact_bytes=hooks.compact_bytes, **arguments)
+            return made
+
+        super().__init__(
+            reactor, DIRECTORY, head.name, head.heads, join=head.joining, on_failed=head.failed,  # type: ignore[arg-type]
+            files=head.files, rng=random.Random(head.rng.getrandbits(64)), cluster_id=CLUSTER,
+            replica_id=hooks.identity(head), replica_kind=replica,
         )  # fmt: skip
-        self.heads = head.heads
-        self._links = {}
-        self._dialled = {}
-        self._pauses = {}
-        self._unreached = {}
-        self._timer = None
-        self._closed = self._failed = False
-        self.server = GcsServer(reactor, self.replica, head.config, self)  # type: ignore[arg-type]
-        self._look()
 
 
 class Head(Process):
@@ -215,7 +209,7 @@ class Head(Process):
 
     def _compact(self, replica: RaftReplica) -> None:
         try:
-            replica.compact()
+            replica.begin_compaction()
         except JournalWriteError as error:
             self.sim.note(f"{self.name} could not compact: {error}")
         except JournalFailedError as error:

@@ -248,10 +248,10 @@ class Process:
             reactor.run_soon()
             self.after_batch()
             reactor.run_soon()
-        except CrashError:
+        except CrashError as error:
             self.in_batch = False
             self.spent_ms = 0.0
-            self.crash(power=True)
+            self.crash(power=error.power)
             return
         except Exception as error:
             self.in_batch = False

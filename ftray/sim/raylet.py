@@ -1,7 +1,8 @@
 """A simulated node: as much of a raylet as the GCS's managers have to do with.
 
 Role: shell. It registers, sends heartbeats, starts and stops actors as the leader asks, and reports. What it starts is
-only noted: an actor is a number that is alive. Two lives of one actor must never be there at once.
+only noted: an actor is a number that is alive. Two lives of one actor must never be there at once. Bundles of placement
+groups are the business of `groups.py`.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from ftray.gcs.client import GcsClient
 from ftray.gcs.state import commands as c
 from ftray.gcs.state.state import GcsState
 from ftray.gcs.state.tables import ActorState, Result
+from ftray.sim.bundles import SLOT, BundleHost
 from ftray.sim.engine import Simulation
 from ftray.sim.network import Network
 from ftray.sim.process import Process, SimReactor
-from ftray.wire.messages import GcsHeartbeat, Message, StartActor, StopActor
+from ftray.wire.group_messages import GroupMessage
+from ftray.wire.messages import GcsHeartbeat, Message, NodeFenced, StartActor, StopActor
 
 RAYLET = b"r" * 16
 ROOM = {"CPU": 1.0}
@@ -27,13 +30,28 @@ HEARTBEAT_MS = 100.0
 START_MS = (5.0, 60.0)
 
 
+def raylet_names(count: int) -> list[tuple[str, bytes]]:
+    """Name and id of each node."""
+    names = [("tcp:raylet:1", RAYLET)]
+    names += [(f"tcp:raylet{number}:1", b"raylet%d" % number + b"r" * 9) for number in range(2, count + 1)]
+    return names
+
+
 class Raylet(Process):
     """See the module."""
 
     def __init__(
-        self, sim: Simulation, network: Network, name: str, heads: Sequence[str], config: Config, problems: list[str]
-    ) -> None:
+        self, sim: Simulation, network: Network, name: str, heads: Sequence[str], config: Config, problems: list[str],
+        node_id: bytes = RAYLET, slots: float = 0.0,
+    ) -> None:  # fmt: skip
+        """Actors run on the node `RAYLET` alone. With `slots` it has so much for bundles."""
         super().__init__(sim, network, name)
+        self.node_id = node_id
+        self.slots = slots
+        self.resources = {**(_ALL if node_id == RAYLET else {}), **({SLOT: slots} if slots else {})}
+        self.host: BundleHost | None = None
+        self.registered = False
+        self._prepared: set[tuple[bytes, int]] = set()
         self.heads = tuple(heads)
         self.config = config
         self.problems = problems
@@ -50,16 +68,24 @@ class Raylet(Process):
     def boot(self, reactor: SimReactor) -> None:
         reactor.listen(self.name, lambda link: None)
         heads = self.rng.sample(self.heads, len(self.heads))
-        self.gcs = GcsClient(reactor, heads, self.rng.randbytes(16), RAYLET, self._asked)  # type: ignore[arg-type]
-        self.gcs.command(c.RegisterNode(RAYLET, self.name, _ALL, {}, self.life, "host", 1), self._told)
+        client_id, self.registered = self.rng.randbytes(16), False
+        self.host = BundleHost(self, self.slots, self._prepared) if self.slots else None
+        on_connected = self.host.connected if self.host is not None else None
+        self.gcs = GcsClient(reactor, heads, client_id, self.node_id, self._asked, on_connected)  # type: ignore[arg-type]
+        self.gcs.command(c.RegisterNode(self.node_id, self.name, self.resources, {}, self.life, "host", 1), self._told)
         self._beat()
 
     def _beat(self) -> None:
         if self.reactor is not None:
-            self.gcs.send(GcsHeartbeat(RAYLET, _ALL))
+            available = self.host.scheduler.available if self.host is not None else {}
+            if self.registered or self.host is None:
+                self.gcs.send(GcsHeartbeat(self.node_id, {**self.resources, **available}))
             self.reactor.call_later(HEARTBEAT_MS, self._beat)
 
     def _told(self, result: Result) -> None:
+        self.registered = result.ok
+        if self.host is not None:
+            self.host.connected(result.ok)
         if not result.ok:
             self.problems.append(f"{self.name}: it could not register: {result.code.value}: {result.message}")
 
@@ -70,6 +96,11 @@ class Raylet(Process):
             if self.lives.get(message.actor_id) == message.incarnation:
                 del self.lives[message.actor_id]
             self._ended(message.actor_id, message.incarnation, "stopped")
+        elif isinstance(message, GroupMessage) and self.host is not None:
+            if self.registered:  # else it is meant for the life before
+                self.host.asked(message)
+        elif isinstance(message, NodeFenced) and not self.registered:
+            pass  # so is this: its death was committed after this life had connected
         else:
             self.problems.append(f"{self.name}: it was told {message}")
 
@@ -99,7 +130,7 @@ class Raylet(Process):
                 self._ended(actor, incarnation, "it was not wanted")
 
         worker = self.rng.randbytes(16)
-        self.gcs.command(c.ActorAlive(actor, incarnation, worker, "tcp:worker:1", RAYLET, 1), told)
+        self.gcs.command(c.ActorAlive(actor, incarnation, worker, "tcp:worker:1", self.node_id, 1), told)
 
     def _ended(self, actor: bytes, incarnation: int, why: str) -> None:
         self.ended.add((actor, incarnation))

@@ -1,4 +1,4 @@
-"""Runs of the simulator: one seed, its verdict, a smaller schedule that fails as it does.
+"""Runs of the simulator: one seed, its verdict, the command that runs it again.
 
 Role: shell around `World`.
 
@@ -11,6 +11,7 @@ A run has failed when
 
 from __future__ import annotations
 
+import shlex
 import time
 from dataclasses import dataclass, field, replace
 
@@ -21,7 +22,6 @@ from ftray.sim.world import Options, World
 SAFETY, LIVENESS, CRASH, NONDETERMINISM = "safety", "liveness", "crash", "nondeterminism"
 LOG_LINES = 80
 """Of the event log, in a report."""
-SHRINK_RUNS_MAX = 60
 
 
 @dataclass
@@ -42,6 +42,10 @@ class Outcome:
     faults: list[Fault]
     """Those that were to happen."""
     log: list[str] = field(repr=False, default_factory=list)
+    schedule_file: str = ""
+    """Where the schedule lies, if it is not the seed's."""
+    shrunk: str = ""
+    """How a smaller schedule was found; "" if none was looked for."""
 
     @property
     def ok(self) -> bool:
@@ -49,32 +53,38 @@ class Outcome:
 
     @property
     def replay(self) -> str:
-        """The command that runs it again."""
-        options, usual = self.options, Options()
-        words = ["ftray sim run", f"--seed {self.seed}"]
-        if options.heads != usual.heads:
-            words.append(f"--heads {options.heads}")
-        if options.clients != usual.clients:
-            words.append(f"--clients {options.clients}")
-        if options.seconds != usual.seconds:
-            words.append(f"--seconds {options.seconds:g}")
-        if options.faults != usual.faults:
-            words.append(f"--faults {','.join(options.faults)}")
-        if options.small:
-            words.append("--small")
-        if options.only is not None:
-            words.append(f"--only {','.join(map(str, options.only)) or 'none'}")
-        return " ".join(words)
+        """The command that runs it again. A schedule that is not the seed's lies in `schedule_file`."""
+        return replay(self.seed, self.options, self.schedule_file)
 
     def __str__(self) -> str:
         if self.ok:
             return f"seed {self.seed}: ok ({self.operations} operations, {self.virtual_ms / 1000:.1f} virtual seconds)"
         faults = "\n".join(f"    {each}" for each in self.faults) or "    none"
+        shrunk = f" ({self.shrunk})" if self.shrunk else ""
         log = "\n".join(self.log[-LOG_LINES:])
         return (
-            f"seed {self.seed}: {self.kind} failure\n{self.message}\n\nReplay: {self.replay}\n"
-            f"Faults:\n{faults}\nThe end of the event log:\n{log}"
+            f"seed {self.seed}: {self.kind} failure\n{self.message}\n\nReplay: {self.replay}\nTrace: {self.trace}\n"
+            f"Faults{shrunk}:\n{faults}\nThe end of the event log:\n{log}"
         )
+
+
+def replay(seed: int, options: Options, schedule_file: str = "") -> str:
+    """The command that runs a seed with these options."""
+    usual = Options()
+    words = ["ftray sim run", f"--seed {seed}"]
+    for name in ("heads", "clients", "nodes", "seconds", "pause_ms"):
+        value = getattr(options, name)
+        if value != getattr(usual, name):
+            words.append(f"--{name.replace('_', '-')} {value!r}")
+    if options.small:
+        words.append("--small")
+    if options.schedule is not None:
+        words.append(f"--schedule {shlex.quote(schedule_file or 'SCHEDULE.json')}")
+    elif options.faults != usual.faults:
+        words.append(f"--faults {','.join(options.faults) or 'none'}")
+    if options.only is not None:
+        words.append(f"--only {','.join(map(str, options.only)) or 'none'}")
+    return " ".join(words)
 
 
 def run_seed(seed: int, options: Options, hooks_kind: type[Hooks] = Hooks) -> Outcome:
@@ -93,23 +103,36 @@ def run_seed(seed: int, options: Options, hooks_kind: type[Hooks] = Hooks) -> Ou
         kind, message = CRASH, "\n".join(world.errors[:5])
     elif stuck:
         kind, message = LIVENESS, stuck
-    faults = [each for each in world.schedule if options.only is None or each.number in options.only]
     return Outcome(
         seed, options, kind, message, world.sim.trace, world.sim.now_ms, time.process_time() - began_s,
-        world.histories.operations, world.checks.undecided, faults, list(world.sim.log),
+        world.histories.operations, world.checks.undecided, _wanted(world.schedule, options), list(world.sim.log),
     )  # fmt: skip
 
 
-def run_twice(seed: int, options: Options) -> Outcome:
-    """One run, and the same again: their traces must be the same."""
-    first = run_seed(seed, options)
-    if not first.ok:
-        return first
-    second = run_seed(seed, options)
-    first.cpu_s += second.cpu_s
-    if first.trace != second.trace:
-        return replace(first, kind=NONDETERMINISM, message=f"two runs differ: {_first_difference(first, second)}")
-    return first
+def faults_of(seed: int, options: Options) -> list[Fault]:
+    """The schedule of such a run, `only` or not."""
+    return World(seed, options).schedule
+
+
+def _wanted(faults: list[Fault], options: Options) -> list[Fault]:
+    return [each for each in faults if options.only is None or each.number in options.only]
+
+
+def run_twice(seed: int, options: Options, hooks_kind: type[Hooks] = Hooks) -> Outcome:
+    """One run, and the same again in this process: their traces must be the same."""
+    first = run_seed(seed, options, hooks_kind)
+    return compared(first, run_seed(seed, options, hooks_kind)) if first.ok else first
+
+
+def compared(first: Outcome, second: Outcome) -> Outcome:
+    """The outcome of two runs of a seed, the first of which was right. Their logs say where they begin to differ."""
+    both = replace(
+        first, cpu_s=first.cpu_s + second.cpu_s, virtual_ms=first.virtual_ms + second.virtual_ms,
+        operations=first.operations + second.operations,
+    )  # fmt: skip
+    if first.trace == second.trace:
+        return both
+    return replace(both, kind=NONDETERMINISM, message=f"two runs differ: {_first_difference(first, second)}")
 
 
 def _first_difference(first: Outcome, second: Outcome) -> str:
@@ -117,28 +140,3 @@ def _first_difference(first: Outcome, second: Outcome) -> str:
         if one != other:
             return f"{one.strip()!r} and {other.strip()!r}"
     return f"traces {first.trace} and {second.trace}, the event logs are the same"
-
-
-def shrink(failed: Outcome, hooks_kind: type[Hooks] = Hooks) -> Outcome:
-    """Leaves out faults while the run still fails in the same way. Returns the smallest failing run that was found.
-
-    First large parts, then single ones; at most `SHRINK_RUNS_MAX` runs.
-    """
-    best, kept, runs = failed, [each.number for each in failed.faults], 0
-    size = max(1, len(kept) // 2)
-    while kept and runs < SHRINK_RUNS_MAX:
-        shrunk = False
-        at = 0
-        while at < len(kept) and runs < SHRINK_RUNS_MAX:
-            fewer = kept[:at] + kept[at + size :]
-            runs += 1
-            outcome = run_seed(failed.seed, replace(failed.options, only=tuple(fewer)), hooks_kind)
-            if outcome.kind == failed.kind:
-                best, kept, shrunk = outcome, fewer, True
-            else:
-                at += size
-        if size > 1:
-            size = max(1, size // 2)
-        elif not shrunk:
-            break
-    return best

@@ -19,14 +19,15 @@ from functools import partial
 from types import ModuleType
 
 from ftray.config import Config
+from ftray.gcs import compaction
 from ftray.gcs.client import GcsClient
-from ftray.gcs.raft import library, snapshots
+from ftray.gcs.raft import library, snapshots, window
 from ftray.gcs.raft import log as raft_log
 from ftray.gcs.raft.errors import ReplicaRefusedError, ReplicaRemovedError
+from ftray.gcs.raft.membership import find
 from ftray.gcs.raft.shell import Timing
 from ftray.gcs.state import commands as c
-from ftray.gcs.state.errors import JournalCorruptError, JournalFailedError, JournalWriteError
-from ftray.gcs.state.tables import Table
+from ftray.gcs.state.errors import JournalCorruptError, JournalFailedError, JournalOpenError, JournalWriteError
 from ftray.sim.checks import Checks
 from ftray.sim.clients import (
     DRIVER,
@@ -41,18 +42,21 @@ from ftray.sim.clients import (
 )
 from ftray.sim.engine import Simulation
 from ftray.sim.faults import KINDS, LEADER, Fault, apply, schedule
+from ftray.sim.groups import SLOTS, Groups
 from ftray.sim.heads import Head, Hooks
 from ftray.sim.network import Network
 from ftray.sim.process import Process
-from ftray.sim.raylet import Raylet
+from ftray.sim.raylet import Raylet, raylet_names
+from ftray.sim.readers import ReaderClient
 
 FORM_MS = 10_000.0
 CONVERGE_MS = 40_000.0
 STEP_MS = 20.0
 MATCH_EVERY = 25
 """Log matching is checked at each such step."""
-SMALL = (5, 1, 700)
+SMALL = (5, 1, 700, 150, 600, 200)
 """The limits of `World.tuning` with `Options.small`."""
+SMALL_WINDOW_BYTES = 600
 RESTART_MS = (50.0, 400.0)
 REPLACE_MS = (100.0, 400.0)
 
@@ -62,14 +66,19 @@ class Options:
     """What a run is made of, beside its seed."""
 
     heads: int = 3
-    clients: int = 10
+    clients: int = 12
     faults: tuple[str, ...] = tuple(KINDS)
+    nodes: int = 3
+    """How many nodes there are. On more than one, two clients more make placement groups, and all but the first fail.
+    Without any clients there is one."""
     seconds: float = 6.0
     """How long faults happen."""
     pause_ms: float = 180.0
     """How long a client thinks between two operations, on average."""
     small: bool = False
     """All limits are small, so that there are many snapshots and messages."""
+    schedule: tuple[Fault, ...] | None = None
+    """The faults, in place of those that are drawn from the seed."""
     only: tuple[int, ...] | None = None
     """Numbers of the faults that happen; None: all."""
 
@@ -92,15 +101,21 @@ class World:
             (raft_log, "KEEP_ENTRIES"): rng.choice((5, 100, raft_log.KEEP_ENTRIES)),
             (library, "BATCH_BYTES"): rng.choice((1, 300, library.BATCH_BYTES)),
             (snapshots, "PART_BYTES"): rng.choice((700, snapshots.PART_BYTES)),
+            (compaction, "SLICE_BYTES"): rng.choice((150, 1_000, compaction.SLICE_BYTES)),
+            (compaction, "SYNC_BYTES"): rng.choice((600, compaction.SYNC_BYTES)),
+            (compaction, "FINISH_BYTES"): rng.choice((200, compaction.FINISH_BYTES)),
         }
         if options.small:
             compact_bytes = 4_000
             self.tuning = {key: min(value, small) for (key, value), small in zip(self.tuning.items(), SMALL)}
+            self.tuning[window, "WINDOW_BYTES"] = SMALL_WINDOW_BYTES
         hooks = hooks_kind(Timing(), compact_bytes, self.checks)
         config = Config(heartbeat_timeout_ms=600_000, infeasible_timeout_ms=10**9)
         names = [f"tcp:head{number}:1" for number in range(options.heads)]
         self.heads = [Head(sim, self.network, name, names, config, hooks) for name in names]
-        kinds: list[type[Client]] = [TableClient, CounterClient, TableClient, NamesClient, WatchClient]
+        kinds: list[type[Client]] = [
+            TableClient, CounterClient, TableClient, NamesClient, WatchClient, ReaderClient,
+        ]  # fmt: skip
         self.checks.heads = self.heads
         self.clients: list[Client] = [
             kinds[number % len(kinds)](
@@ -108,10 +123,22 @@ class World:
             )
             for number in range(options.clients)
         ]
-        self.raylet = Raylet(sim, self.network, "tcp:raylet:1", names, config, self.histories.problems)
+        nodes = options.nodes if options.clients else 1
+        self.raylets = [
+            Raylet(
+                sim, self.network, name, names, config, self.histories.problems, node_id,
+                SLOTS[number % len(SLOTS)] if nodes > 1 else 0.0,
+            )
+            for number, (name, node_id) in enumerate(raylet_names(nodes))
+        ]  # fmt: skip
+        self.raylet = self.raylets[0]
+        """Where actors run; it does not fail."""
+        self.groups = Groups(self, names, config)
+        self.clients += self.groups.makers
+        drawn = options.schedule is None
         self.schedule: list[Fault] = schedule(
             sim.stream("faults"), options.faults, options.heads, options.clients, options.seconds * 1000.0
-        )
+        ) if drawn else list(options.schedule or ())  # fmt: skip
         self.rng = sim.stream("supervisor")
         self.calm = False
         """Faults have ended."""
@@ -176,6 +203,7 @@ class World:
             if stuck or self.problems:
                 return stuck
             self.raylet.run()
+            self.groups.run()
             for client in self.clients:
                 client.run()
             begin_ms = self.sim.now_ms
@@ -199,7 +227,7 @@ class World:
     def errors(self) -> list[str]:
         """Exceptions that nobody expected."""
         found = []
-        for process in (*self.heads, *self.clients, self.raylet):
+        for process in (*self.heads, *self.clients, *self.raylets):
             found += process.errors
             if process.reactor is not None:
                 found += [f"{process.name}: {error}" for error in process.reactor.handler_errors]
@@ -260,6 +288,7 @@ class World:
                 head.crash(why="it was stopping")
         for client in self.clients:
             client.stopped = True
+        self.groups.calm()
         self._restarts.clear()
         if not self._run(CONVERGE_MS, self._settled):
             return "" if self.problems or self.errors else f"not within {CONVERGE_MS:.0f} ms: {self._unsettled()}"
@@ -271,6 +300,11 @@ class World:
             return "" if self.problems or self.errors else f"the state can't be read: {self.show()}"
         if not self._run(CONVERGE_MS, self._settled):
             return "" if self.problems or self.errors else f"not settled after reads: {self._unsettled()}"
+        removed: list[int] = []
+        state = self.heads[0].replica.state if self.heads[0].replica is not None else None
+        count = self.groups.remove_all(state, removed) if state is not None else 0
+        if count and not self._run(CONVERGE_MS, lambda: len(removed) == count and self._settled()):
+            return "" if self.problems or self.errors else f"not settled without groups: {self._unsettled()}"
         return ""
 
     def _settled(self) -> bool:
@@ -289,20 +323,13 @@ class World:
             return f"clients wait for answers: {self.show()}"
         state = self.heads[0].replica.state if self.heads[0].replica is not None else None
         assert state is not None
-        stuck = self.raylet.unsettled(state)
+        stuck = self.raylet.unsettled(state) or self.groups.unsettled(state)
         if stuck:
             return f"{stuck}: {self.show()}"
         for client in self.clients:
-            if isinstance(client, WatchClient):
-                rows = {
-                    (table, key): record
-                    for table in (Table.KV, Table.ACTORS)
-                    for key, record in state.store.rows(table).items()
-                }
-                if client.view != rows:
-                    missed = sorted(item for item in rows.keys() | client.view.keys()
-                                    if rows.get(item) != client.view.get(item))  # fmt: skip
-                    return f"the watch of {client.who} has not been told of {missed[:4]}: {self.show()}"
+            missed = client.missed(state)
+            if missed:
+                return f"the watch of {client.who} has not been told of {missed[:4]}: {self.show()}"
         return ""
 
     # --- supervision --------------------------------------------------------------------------------------------------
@@ -339,10 +366,18 @@ class World:
                 (isinstance(error, (ReplicaRefusedError, JournalCorruptError, ReplicaRemovedError))
                  and self.damaged is head)
                 or (isinstance(error, JournalFailedError) and head.may_fail)
-                or isinstance(error, (JournalWriteError, OSError))
+                or isinstance(error, (JournalWriteError, JournalOpenError, OSError))
             )  # fmt: skip
+            if isinstance(error, ReplicaRemovedError) and self._is_member(head):
+                right = False  # a head that joins takes old tables for the valid one
             if not right:
                 self.checks.problem(f"{head.name} has stopped: {type(error).__name__}: {error}")
+
+    def _is_member(self, head: Head) -> bool:
+        """Whether the newest table that any head has names this one, with the disk that it had."""
+        logs = [each.replica._log for each in self.heads if each is not head and each.replica is not None]
+        newest = max(logs, key=lambda each: each.members_index, default=None)
+        return newest is not None and find(newest.members, head.replica_id) is not None
 
 
 class _Setter(Process):

@@ -15,7 +15,18 @@ from typing import Any
 
 import msgspec
 
-from ftray.wire.head_messages import GcsHeads, GcsNoLeader, GcsPing, RaftPacket
+from ftray.wire.group_messages import GroupMessage
+from ftray.wire.head_messages import GcsChanges as GcsChanges
+from ftray.wire.head_messages import GcsCommand as GcsCommand
+from ftray.wire.head_messages import GcsEndpoints as GcsEndpoints
+from ftray.wire.head_messages import GcsFollower as GcsFollower
+from ftray.wire.head_messages import GcsHeads, GcsPing, RaftPacket
+from ftray.wire.head_messages import GcsHeartbeat as GcsHeartbeat
+from ftray.wire.head_messages import GcsHello as GcsHello
+from ftray.wire.head_messages import GcsRead as GcsRead
+from ftray.wire.head_messages import GcsResult as GcsResult
+from ftray.wire.head_messages import GcsUnwatch as GcsUnwatch
+from ftray.wire.head_messages import GcsWatch as GcsWatch
 from ftray.wire.values import ERROR as ERROR
 from ftray.wire.values import IN_STORE as IN_STORE
 from ftray.wire.values import INLINE as INLINE
@@ -356,6 +367,8 @@ class Registered(Message, tag=40):
     resources: dict[str, float]
     namespace: str = ""
     error: str = ""
+    gcs_away: bool = False
+    """Why there is an `error`: nobody answers for the GCS."""
 
 
 class LeaseGranted(Message, tag=41):
@@ -471,64 +484,6 @@ class StorePressure(Message, tag=55):
     request: int
 
 
-# --- any client <-> GCS ---------------------------------------------------------------------------------------------
-
-
-class GcsHello(Message, tag=60):
-    """First on a GCS link. `node_id` only from a raylet."""
-
-    client_id: bytes
-    node_id: bytes = b""
-
-
-class GcsCommand(Message, tag=61):
-    """Payload: an encoded command of `gcs/state/commands.py`. Retried with the same sequence number."""
-
-    request: int
-    sequence: int
-
-
-class GcsRead(Message, tag=62):
-    """Read a record (by key, or a live actor by namespace and name), or a whole table. `wait`: until the key exists."""
-
-    request: int
-    table: str
-    key: bytes = b""
-    all: bool = False
-    wait: bool = False
-    named: tuple[str, str] | None = None
-
-
-class GcsWatch(Message, tag=63):
-    """From now on, send changes of these tables (and of these keys alone, if any are given) since a revision."""
-
-    tables: tuple[str, ...]
-    since_revision: int = -1
-    keys: tuple[bytes, ...] = ()
-
-
-class GcsResult(Message, tag=64):
-    """Payload: the encoded record(s), if any. `code` is empty on success."""
-
-    request: int
-    revision: int
-    code: str = ""
-    message: str = ""
-    leader_hint: str = ""
-
-
-class GcsChanges(Message, tag=65):
-    """Payload: encoded list of changes up to and with `revision`."""
-
-    revision: int
-    snapshot: bool = False
-
-
-class GcsHeartbeat(Message, tag=66):
-    node_id: bytes
-    available: dict[str, float]
-
-
 # --- GCS -> raylet (its actor manager's effects) --------------------------------------------------------------------
 
 
@@ -589,8 +544,8 @@ ANY_MESSAGE = (
     | DeathCauseKnown | LogLines | WorkerAssigned | CreateActor | ExitWorker
     | WorkerDoomed | LeaseEnvironmentFailed | AskClient | StorePressure
     | GcsHello | GcsCommand | GcsRead | GcsWatch | GcsResult | GcsChanges | GcsHeartbeat
-    | StartActor | StopActor | JobEnded | NodeFenced | GcsHeads | GcsNoLeader | GcsPing | RaftPacket
-    | ToolQuery | ToolReply
+    | StartActor | StopActor | JobEnded | NodeFenced | GcsHeads | GcsFollower | GcsPing | RaftPacket
+    | ToolQuery | ToolReply | GroupMessage | GcsUnwatch | GcsEndpoints
 )  # fmt: skip
 
 encode = msgspec.msgpack.Encoder().encode

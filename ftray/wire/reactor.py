@@ -33,6 +33,7 @@ from ftray.exceptions import AuthenticationError, ProtocolError, ProtocolVersion
 from ftray.wire.frames import PREFIX, FrameDecoder
 from ftray.wire.handshake import NONCE_BYTES, ClientHandshake, ServerHandshake
 from ftray.wire.messages import Message, decode, encode
+from ftray.wire.strangers import Strangers
 
 log = logging.getLogger("ftray.wire")
 
@@ -185,6 +186,7 @@ class Reactor:
         self.lock = lock if lock is not None else threading.RLock()
         self.reader = threading.Lock()
         self.links: dict[int, Link] = {}
+        self.strangers = Strangers()
         self.dirty: list[Link] = []
         self.handler_errors: list[str] = []
         self.refused = 0
@@ -366,6 +368,8 @@ class Reactor:
             self.links[link.fd] = link
             self._epoll.register(link.fd, EPOLLIN)
             self._watch_handshake(link)
+            if (oldest := self.strangers.came(link)) is not None:
+                self.drop(oldest, "too many connections wait that have not shown who they are")
 
     def _pause(self, listener: socket.socket) -> None:
         def resume() -> None:
@@ -441,6 +445,7 @@ class Reactor:
             link.watchdog.cancel()
             link.watchdog = None
         if isinstance(handshake, ServerHandshake):
+            self.strangers.known(link)
             accept_handler, link.accept_handler = link.accept_handler, None
             link.role = handshake.role
             link.handler = accept_handler(link) if accept_handler is not None else None
@@ -480,8 +485,8 @@ class Reactor:
             except Exception as failure:
                 log.exception("%s: on_closed failed", self.name)
                 self.handler_errors.append(repr(failure))
-        elif link.incoming:
-            log.info("%s: incoming link closed: %s", self.name, reason)
+        elif link.incoming and (line := self.strangers.closed(link, reason, self.now_ms())):
+            log.info("%s: incoming link closed: %s", self.name, line)
 
     def detach(self, link: Link) -> None:
         """Takes a link out, for another reactor to `attach`."""
@@ -546,7 +551,7 @@ class Reactor:
         """Runs what is due, under the lock."""
         now = time.monotonic()
         timers = self._timers
-        while timers and timers[0][0] <= now:
+        while timers and (timers[0][0] <= now or timers[0][2].fn is None):  # nobody is woken for a cancelled one
             _, _, timer = heapq.heappop(timers)
             fn = timer.fn
             if fn is not None:

@@ -25,10 +25,9 @@ from ftray.ownership.references import Entry
 from ftray.wire.messages import ActorCreation, Dependency
 from ftray.worker import waiting
 from ftray.worker.failures import load_task_error
-from ftray.worker.gcs_access import HANDLES
+from ftray.worker.gcs_access import HANDLES, wait_for_gcs
 from ftray.worker.objects import Answer
 from ftray.worker.peers import value_of
-from ftray.worker.waiting import block
 
 if TYPE_CHECKING:
     from ftray.worker.actors import ActorClient
@@ -149,7 +148,7 @@ class ActorCreator:
         """Waits for the GCS's word on a named actor. Not under the lock."""
         core = self.core
         actor_id = creation.task_id
-        block(core.reactor, answer.waiter, None)
+        wait_for_gcs(core, answer, f"the creation of actor {register.name!r}")
         result = answer.message
         if result is not None and not result.code:
             return actor_id if not result.value else bytes(result.value)

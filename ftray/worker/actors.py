@@ -41,10 +41,9 @@ from ftray.wire.reactor import Link
 from ftray.worker import waiting
 from ftray.worker.actor_creation import ActorCreator
 from ftray.worker.call_sites import note_site
-from ftray.worker.gcs_access import HANDLES
+from ftray.worker.gcs_access import HANDLES, wait_for_gcs
 from ftray.worker.objects import Answer
 from ftray.worker.submit import FLUSH_BYTES, DependencyWaiter
-from ftray.worker.waiting import block
 
 if TYPE_CHECKING:
     from ftray.worker.core import Core
@@ -129,7 +128,7 @@ class ActorClient:
                 return
             core.gcs.command(KillActor(actor_id, no_restart, "killed by ftray.kill"), answer.give)
             core.settle()
-        block(core.reactor, answer.waiter, None)
+        wait_for_gcs(core, answer, "ftray.kill")
         if answer.message is None:
             raise GcsUnavailableError("the actor could not be killed: no GCS answers")
         core.check_open()

@@ -48,6 +48,7 @@ from ftray.worker.cancelling import WorkerCancels
 from ftray.worker.core import Core, current_task, task_context
 from ftray.worker.environment import apply_environment, enter_job
 from ftray.worker.failures import load_task_error
+from ftray.worker.gcs_access import wait_for_gcs
 from ftray.worker.inheritance import end_child
 from ftray.worker.interrupts import TaskInterrupts, interruptible
 from ftray.worker.objects import Answer
@@ -302,9 +303,9 @@ class Executor:
             core = self.core
             answer = Answer()
             with core.lock:
-                core.gcs.read_kv(FUNCTIONS, function_id, answer.give, wait=True)
+                core.gcs.read_kv(FUNCTIONS, function_id, answer.give, wait=True, immutable=True)
                 core.reactor.flush_dirty()
-            block(core.reactor, answer.waiter, None)
+            wait_for_gcs(core, answer, "fetching a function that has not run here yet")
             if answer.message is None:
                 raise FtrayError("the function could not be fetched: no GCS answers")
             with loading_refs(core.peers.ref_loader(None)):

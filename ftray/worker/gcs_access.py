@@ -6,15 +6,34 @@ lock.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import logging
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from ftray.gcs.client import GcsClient, Watch
 from ftray.gcs.state.commands import AnyCommand
+from ftray.gcs.state.job_keys import HANDLES as HANDLES
 from ftray.gcs.state.tables import ActorRecord, Change, Table, kv_key
+from ftray.worker.waiting import block
 
-HANDLES = "actor-handles"
-"""The key-value namespace of what a handle made from an actor's name has to know."""
+if TYPE_CHECKING:
+    from ftray.worker.core import Core
+    from ftray.worker.objects import Answer
+
+log = logging.getLogger("ftray.worker")
+
+WARNING_S = 5.0
+"""Heads that are there answer in milliseconds, also when one of them dies. Who waits longer learns what for."""
+
+
+def wait_for_gcs(core: Core, answer: Answer, what: str) -> None:
+    """Blocks until the GCS has answered, however long that takes; after `WARNING_S` it is logged that `what` still
+    waits, and which heads answer. Not under the lock."""
+    if not block(core.reactor, answer.waiter, WARNING_S):
+        with core.lock:
+            trouble = core.gcs.trouble()
+        log.warning("%s still waits for the GCS%s", what, f": {trouble}" if trouble else ", which has not answered yet")
+        block(core.reactor, answer.waiter, None)
 
 
 class GcsAccess:
@@ -25,20 +44,33 @@ class GcsAccess:
         self._watchers: dict[bytes, Callable[[ActorRecord | None, bytes], None]] = {}
         self._watch: Watch | None = None
 
-    def set_endpoints(self, endpoints: list[str]) -> None:
+    def set_endpoints(self, endpoints: Sequence[str]) -> None:
         """The heads, as the raylet knows them."""
-        if endpoints:
-            self.client.endpoints[:] = endpoints
+        self.client.heads_are(endpoints)
+
+    def trouble(self) -> str:
+        """Why nothing is answered for which a leader is needed, and who answers, if something waits for that."""
+        client = self.client
+        return str(client.unavailable()) if client.waits() and not client.connected else ""
 
     def command(self, command: AnyCommand, callback: Callable[[Any], None]) -> None:
         """Sends a command; `callback(result)`."""
         self.client.command(command, callback)
 
-    def read_kv(self, namespace: str, key: bytes, callback: Callable[[Any], None], wait: bool = False) -> None:
-        """`callback(value bytes or None)`; with `wait`, once the key exists."""
+    def read_kv(
+        self,
+        namespace: str,
+        key: bytes,
+        callback: Callable[[Any], None],
+        wait: bool = False,
+        immutable: bool = False,
+    ) -> None:
+        """`callback(value bytes or None)`; with `wait`, once the key exists. `immutable`: its value never changes, so
+        whichever head has it may answer."""
         self.client.read(
-            Table.KV, kv_key(namespace, key), lambda record: callback(getattr(record, "value", None)), wait
-        )
+            Table.KV, kv_key(namespace, key), lambda record: callback(getattr(record, "value", None)), wait,
+            immutable=immutable,
+        )  # fmt: skip
 
     def actor(self, actor_id: bytes, callback: Callable[[Any], None]) -> None:
         """The record of an actor, or None."""

@@ -271,7 +271,9 @@ class ObjectPlane(StoreClient):
         with core.lock:
             left = [x for x in object_ids if (e := core.entries.get(x)) is not None and e.state == PENDING]
             lines = [f"  {short_object(x)}: {describe(core, x)}" for x in left[:5]]
+            trouble = core.gcs.trouble()
         more = f"\n  and {len(left) - 5} more" if len(left) > 5 else ""
+        more += f"\n{trouble}" if trouble else ""
         head = f"{len(left)} of the objects were not ready within {timeout_s} s; waiting for:\n"
         return head + "\n".join(lines) + more
 

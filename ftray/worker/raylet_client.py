@@ -24,6 +24,7 @@ from ftray.wire.messages import (
     CreateObject,
     DeathCauseKnown,
     ExitWorker,
+    GcsEndpoints,
     LeaseEnvironmentFailed,
     LeaseGranted,
     LeaseInfeasible,
@@ -149,6 +150,8 @@ class RayletClient:
                 self.output_ended.give(None)
             elif core.log_sink is not None:
                 core.log_sink(message)
+        elif isinstance(message, GcsEndpoints):
+            core.gcs.set_endpoints(message.endpoints)
         elif isinstance(message, Registered):
             self.registered.give(message, msgspec.msgpack.decode(bytes(payload), type=Config) if payload else None)
         elif core.executor is not None and isinstance(message, WorkerAssigned | CreateActor | ExitWorker):

@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from ftray.exceptions import DeathCause, FtrayError, TaskUnschedulableError, WorkerCrashedError
-from ftray.gcs.state.commands import KvPut
+from ftray.gcs.state.commands import JobKvPut
+from ftray.gcs.state.tables import Code
 from ftray.ids import RETURN_INDEX, return_id
 from ftray.ownership.dispatch import ClassQueue, Lease, TaskDispatcher
 from ftray.ownership.references import Entry
@@ -101,7 +102,10 @@ class Submitter:
     # --- submission --------------------------------------------------------------------------------------------------
 
     def export(self, function: FunctionInfo, data: bytes) -> None:
-        """Stores a function or class in the GCS, once. Not under the lock. Raises ValueError when it is too large."""
+        """Stores a function or class in the GCS, once, for as long as its job lasts. Not under the lock.
+
+        Raises ValueError when it is too large.
+        """
         core = self.core
         core.check_entry()
         if len(data) > core.config.value_bytes_max:
@@ -111,11 +115,11 @@ class Submitter:
             )
         with core.lock:
             function.exported = True
-            core.gcs.command(KvPut(FUNCTIONS, function.function_id, data), self._exported)
+            core.gcs.command(JobKvPut(core.job_id, FUNCTIONS, function.function_id, data), self._exported)
             core.reactor.flush_dirty()
 
     def _exported(self, result: Any) -> None:
-        if result is not None and result.code and not self.core.closed:
+        if result is not None and result.code not in (Code.OK, Code.ENDED) and not self.core.closed:
             log.error("the GCS refused a function: %s %s", result.code, result.message)
 
     def submit(self, task: TaskRecord, payload: bytes) -> None:

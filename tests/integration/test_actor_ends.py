@@ -236,7 +236,7 @@ def test_answers_of_the_last_life_count_when_news_of_the_next_come_first(tmp_pat
         (tmp_path / "die").touch()
         wait_for_file(tmp_path / "again")
         endpoint = f"w-{(tmp_path / 'again').read_text()[:12]}.sock".encode()
-        news: Any = core.gcs.client._link
+        news: Any = core.gcs.client._links.link
         wait_until(lambda: endpoint in news.sock.recv(1 << 20, socket.MSG_PEEK))
         record_first = news.fd
         order = core.reactor.poll_events

@@ -11,6 +11,8 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from operator import ge
 from typing import Any
 
 import pytest
@@ -19,7 +21,7 @@ from integration.harness import ROOT, wait_until
 import ftray
 from ftray.cluster_utils import Cluster, ClusterError, NodeProcess, free_ports
 from ftray.gcs.state.commands import KvPut
-from ftray.gcs.state.tables import Code, Result
+from ftray.gcs.state.tables import Code, Result, Table, kv_key
 from ftray.raylet.session import read_session
 from ftray.worker.core import get_core
 
@@ -145,16 +147,103 @@ def test_all_heads_are_killed_and_every_acknowledged_write_is_there(cluster: Clu
     assert ftray.get(ftray.get_actor("survivor").add.remote()) == 2
 
 
+@ftray.remote(num_cpus=0.1)
+class Client:
+    """Writes and reads on its own, by the GCS client of its own process, until it is told to stop."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.requests = 0
+        self.failures: list[str] = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
+
+    def _ask(self, begin: Any) -> Any:
+        core, found, there = get_core(), [], threading.Event()
+        with core.lock:
+            begin(core.gcs, lambda answer: (found.append(answer), there.set()))
+            core.settle()
+        return found[0] if there.wait(20.0) else "no answer within 20 s"
+
+    def _work(self) -> None:
+        while not self._stop.is_set():
+            key = b"%s-%d" % (self.name.encode(), self.requests)
+            result = self._ask(lambda gcs, answer, key=key: gcs.command(KvPut("roll", key, key, False), answer))
+            if result != "no answer within 20 s" and result.code is Code.OK:
+                found = self._ask(lambda gcs, answer, key=key: gcs.read_kv("roll", key, answer))
+                if found != key:
+                    self.failures.append(f"{key!r} reads as {found!r}")
+            else:  # also one that took effect twice: it would exist already
+                self.failures.append(f"{key!r}: {result}")
+            self.requests += 1
+
+    def count(self) -> int:
+        return self.requests
+
+    def stop(self) -> tuple[int, list[str]]:
+        self._stop.set()
+        self._thread.join(20.0)
+        return self.requests, self.failures
+
+
 def test_a_rolling_restart_costs_no_request(cluster: Cluster) -> None:
-    with Writer("rolling") as writer:
-        leader = cluster.leader()
-        for index in (leader, (leader + 1) % 3):
-            cluster.stop_head(index)
-            assert cluster.leader() != index
-            writer.more()
-            cluster.restart_head(index)
-            writer.more()
-    assert [key for key in writer.acknowledged if read(key) != b"v"] == []
+    """Each head twice, the leader whenever it has not had its turn; writes, reads and lookups go on, none fails."""
+    clients = [Client.remote(f"client{number}") for number in range(3)]
+    named = Counter.options(name="rolling").remote()
+    lookups, stop = [0], threading.Event()
+
+    def look_up() -> None:
+        while not stop.is_set():
+            assert ftray.get(ftray.get_actor("rolling").add.remote()) == lookups[0] + 1
+            lookups[0] += 1
+
+    def go_on() -> None:
+        """All of them get further."""
+        wanted = [count + 5 for count in ftray.get([client.count.remote() for client in clients])]
+        looked_up = lookups[0] + 5
+        wait_until(
+            lambda: all(map(ge, ftray.get([client.count.remote() for client in clients]), wanted))
+            and lookups[0] >= looked_up,
+            20.0, "requests go on",
+        )  # fmt: skip
+
+    assert ftray.get(named.add.remote()) == 1
+    lookups[0] = 1
+    with ThreadPoolExecutor(1) as pool:
+        looking = pool.submit(look_up)
+        try:
+            led = 0
+            for _ in range(2):
+                left = {0, 1, 2}
+                while left:
+                    leader = cluster.leader()
+                    index = leader if leader in left else min(left)
+                    led += index == leader
+                    left.remove(index)
+                    cluster.stop_head(index)
+                    go_on()
+                    cluster.restart_head(index)
+                    go_on()
+            assert led >= 2
+        finally:
+            stop.set()
+            answers = ftray.get([client.stop.remote() for client in clients])
+        looking.result(20.0)
+    assert [failures for _, failures in answers] == [[], [], []]
+    written = {
+        kv_key("roll", b"client%d-%d" % (number, each)) for number, (count, _) in enumerate(answers)
+        for each in range(count)
+    }  # fmt: skip
+    core, listed = get_core(), list[dict[bytes, Any]]()
+    with core.lock:
+        core.gcs.client.read_all(Table.KV, listed.append)
+        core.settle()
+    wait_until(lambda: listed, what="the table")
+    assert {key for key in listed[0] if key.startswith(kv_key("roll", b""))} == written
+    assert all(count > 60 for count, _ in answers) and lookups[0] > 60
+    for actor in (*clients, named):
+        ftray.kill(actor)
 
 
 def test_a_frozen_leader_is_left_by_its_clients(cluster: Cluster) -> None:
@@ -227,9 +316,12 @@ def test_a_head_is_added_leads_and_is_removed(cluster: Cluster) -> None:
     assert "no head at" in heads(cluster, "add", "127.0.0.1:1", code=1)["error"]
     answer = heads(cluster, "add", f"127.0.0.1:{port}")
     assert len(answer["heads"]) == 4 and all(row["voter"] for row in answer["heads"])
-    former = next(row["endpoint"] for row in answer["heads"] if row["role"] == "leader")
+    answer = heads(cluster, "transfer", f"127.0.0.1:{port}")
+    assert next(row["endpoint"] for row in answer["heads"] if row["role"] == "leader") == endpoint == answer["leader"]
+    assert "leads already" in heads(cluster, "transfer", f"127.0.0.1:{port}", code=1)["error"]
+    assert put("through the new head").ok
     answer = heads(cluster, "transfer")
-    assert next(row["endpoint"] for row in answer["heads"] if row["role"] == "leader") != former
+    assert next(row["endpoint"] for row in answer["heads"] if row["role"] == "leader") != endpoint == answer["former"]
     assert put("after the transfer").ok
     answer = heads(cluster, "remove", f"127.0.0.1:{port}")
     assert len(answer["heads"]) == 3 and all(row["lag"] == 0 for row in answer["heads"])
@@ -237,6 +329,7 @@ def test_a_head_is_added_leads_and_is_removed(cluster: Cluster) -> None:
     assert head.process.poll() is None  # it goes on as a plain node
     wait_until(lambda: not read_session(head.session_dir)["head"], what="the node is announced as none of the heads")
     assert endpoint not in wait_until(lambda: read_session(cluster.nodes[0].session_dir))["gcs_endpoints"]
+    cluster.remove_node(cluster.add_node(address=f"127.0.0.1:{port}"))  # it tells those with an old list who leads
     cluster.remove_node(head)
 
 

@@ -103,7 +103,7 @@ def test_version() -> None:
         (["start", "--heads", "h:1"], "--head"),
         (["start", "--address", "h:1", "--gcs-dir", "x"], "--gcs-dir"),
         (["start", "--head", "--heads", "h:1", "--address", "h:1"], "either --heads"),
-        (["start", "--head", "--heads", "h:1,h:2"], "more than one of the heads (h:1, h:2)"),
+        (["start", "--head", "--heads", "h:1,h:2"], "several heads are listed (h:1, h:2)"),
         (["start", "--head", "--heads", "h:1,h:2", "--port", "3"], "none of the heads"),
         (["start", "--head", "--heads", "h:1,h:1"], "twice"),
         (["heads", "add", "nowhere"], "HOST:PORT"),

@@ -139,7 +139,7 @@ def test_actors_are_spread_by_what_they_hold() -> None:
     assert [leader.node_of(each) for each in ids] == [N1, N2] * 4
     leader.register(A)
     assert leader.plan() == []
-    assert leader.actors.pending_reason(A) == "waits until other actors give back resources"
+    assert leader.actors.pending_reason(A) == "waits until other actors or placement groups give back resources"
     assert leader.actors.next_wake_ms() is None
     leader.do(c.KillActor(ids[3], True, ""))
     (stop,) = leader.plan()

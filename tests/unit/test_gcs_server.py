@@ -136,7 +136,7 @@ def test_what_a_full_disk_refuses_is_repeated_for_a_while(world: World, monkeypa
 
     results: list[Result] = []
     with monkeypatch.context() as patch:
-        patch.setattr(journal_module, "_pwrite_all", full)
+        patch.setattr(journal_module, "write_all", full)
         client.command(put(b"k"), results.append)
         world.settle(3 * REPEAT_MS)
     assert len(tries) > 1 and results == []
@@ -151,7 +151,7 @@ def test_a_full_disk_is_an_answer_in_the_end(world: World, monkeypatch: pytest.M
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(journal_module, "_pwrite_all", full)
+        patch.setattr(journal_module, "write_all", full)
         results: list[Result] = []
         client.command(put(b"k"), results.append)
         world.settle(REPEAT_MS * (REPEATS_MAX + 3))
@@ -292,10 +292,10 @@ def test_waits_of_a_closed_link_are_forgotten(world: World) -> None:
     reader = world.client()
     reader.read(Table.KV, b"never", lambda record: None, wait=True)
     world.settle()
-    assert world.server._waits
+    assert world.server.serving._waits
     reader.close()
     world.settle()
-    assert not world.server._waits
+    assert not world.server.serving._waits
 
 
 def test_an_answer_that_is_too_large_is_refused_and_single_keys_still_work(world: World) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import zlib
 from typing import Any
 
 import pytest
@@ -196,9 +198,33 @@ def test_a_damaged_or_foreign_snapshot_is_refused() -> None:
         GcsState.restore(data, b"other cluster id")
 
 
+VERSION_1 = (
+    b'c-nQ4zfQw25Qpuw1(7Ke@4y0LWdRff5)!E5&%lJz#HgXET{#IYOjP0llF|V>xe(fsSFqqVUV)XJN5IrfPWimp(%tXA^X|#f+413a'
+    b'9V3JeR=$?@Ei_{Uj%#4&BMc5Tn5H!BZLHD$vs*v?*wWpoU)(TC#tmFFS)5=j^G6G+m#nc4&W^$2oY1xx($&uO6OAo7_(aPUa6AJY'
+    b'C+9S~ETswI1@+oQCE$1Mw)w5ypc;3GUs0D*D>z+)zxBE`A*J?c82q<ZIlb6Ze<G9-db<Tw!wA$7XwnL!hy)J;sTs4HY|Ldotg1@D'
+    b'Ex=d#um(=gpq#H0L^k!g7dJ_8_d;1f;;c}Dajrclo}VzTUZp)=yNtI8Kfmz8DCOk0#2lI5!-5}$geLY-2wM*3S(*Rv12$dmNd'
+)
+"""As 0.1 wrote it: a node, a finished job with a detached actor that lives and one that is dead, an entry."""
+
+
+def test_a_snapshot_of_version_1_is_read() -> None:
+    data = zlib.decompress(base64.b85decode(VERSION_1))
+    old = GcsState.restore(data, b"C" * 16)
+    assert old.check() == []
+    assert [(actor.class_name, actor.state.name) for actor in old.store.actors.values()] == [
+        ("Counter", "ALIVE"),
+        ("Gone", "DEAD"),
+    ]
+    assert old.named_actor("ns", "name") is not None and old.kv_get("ns", b"k") == b"v"
+    assert old.store.placement_groups == {} and list(old.store.ended[Table.JOBS]) == []
+    again = GcsState.restore(old.snapshot(), b"C" * 16)
+    assert again.snapshot() == old.snapshot()
+
+
 def test_a_newer_snapshot_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(snapshot, "SNAPSHOT_VERSION", 2)
+    newer = snapshot.SNAPSHOT_VERSION + 1
+    monkeypatch.setattr(snapshot, "SNAPSHOT_VERSION", newer)
     data = busy().state.snapshot()
     monkeypatch.undo()
-    with pytest.raises(SnapshotVersionError, match="version 2"):
+    with pytest.raises(SnapshotVersionError, match=f"version {newer}"):
         GcsState.restore(data, CLUSTER)

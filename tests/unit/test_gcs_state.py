@@ -22,6 +22,7 @@ EXAMPLES: list[Any] = [
     c.FinishJob(JOB, CAUSE),
     c.KvPut("ns", b"k", b"v", False),
     c.KvDelete("ns", b"k", True),
+    c.JobKvPut(JOB, "functions", b"key", b"value", False),
     c.RegisterActor(A, JOB, DRIVER, N1, "Counter", "name", "ns", 3, False, {"CPU": 1.0}, b"spec", True),
     c.ActorPlacing(A, 0, N1),
     c.ActorAlive(A, 0, B, "unix:/w", N1, 12),
@@ -31,6 +32,14 @@ EXAMPLES: list[Any] = [
     c.ActorUnplaced(A, 0, N1, "no room"),
     c.ActorUnschedulable(A, 0, "9 CPU asked, no node has more than 2"),
     c.WorkerDied(B, N1, CAUSE),
+    c.CreateGroup(A, JOB, DRIVER, N1, [{"CPU": 1.0}, {"GPU": 2.0}], "SPREAD", "name", "ns", False),
+    c.GroupPlacing(A, 0, {0: N1, 1: N1}),
+    c.BundlesPrepared(A, 0, N1),
+    c.BundlesRefused(A, 0, N1, "no room"),
+    c.BundlesCommitted(A, 0, N1),
+    c.BundlesReturned(A, 0, N1, "removed"),
+    c.RemoveGroup(A, "enough"),
+    c.GroupInfeasible(A, 0, "2 GPU are needed"),
     c.ForgetClients([DRIVER]),
 ]
 

@@ -65,14 +65,14 @@ def test_watchers_of_other_things_get_no_messages(world: World, monkeypatch: pyt
     watcher.watch([Table.KV], [kv_key("ns", b"mine")], lambda change: None)
     world.run(writer, put(b"start"))
     seen: list[m.Message] = []
-    on_message = GcsClient.on_message
+    on_answer = GcsClient.on_answer
 
     def noted(client: GcsClient, link: Link, message: m.Message, payload: bytes) -> None:
         if client is watcher:
             seen.append(message)
-        on_message(client, link, message, payload)
+        on_answer(client, link, message, payload)
 
-    monkeypatch.setattr(GcsClient, "on_message", noted)
+    monkeypatch.setattr(GcsClient, "on_answer", noted)
     world.run(writer, put(b"others"))
     assert seen == []
     world.run(writer, put(b"mine"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from ftray.gcs.state.errors import (
     JournalVersionError,
     JournalWriteError,
 )
+from ftray.sim.disk import Disk, SimFiles
 
 CLUSTER = b"C" * 16
 
@@ -238,6 +240,28 @@ def test_after_a_clean_stop_damage_to_the_last_frame_is_seen(path: Path) -> None
         read(path)
 
 
+def test_also_after_a_write_that_was_taken_back_the_last_frame_is_sealed(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = Journal.open(path, CLUSTER)
+    list(journal.replay())
+    journal.append([entry(1)])
+    journal.sync()
+    journal.seal()
+    journal.append([entry(2)])
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", failing(errno.ENOSPC))
+        with pytest.raises(JournalWriteError):
+            journal.sync()
+    journal.seal()
+    crash(journal)
+    data = bytearray(path.read_bytes())
+    data[-FRAME_HEAD_BYTES - 1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(JournalCorruptError):
+        read(path)
+
+
 def test_a_frame_inside_a_payload_is_not_taken_for_one(path: Path) -> None:
     write(path, [entry(1)], [entry(2)])
     stolen = path.read_bytes()[HEADER_BYTES:]
@@ -348,6 +372,38 @@ def test_after_a_failed_fsync_the_journal_stays_closed(path: Path, monkeypatch: 
         journal.sync()
     with pytest.raises(JournalClosedError):
         journal.append([entry(2)])
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_after_a_failed_fsync_the_next_start_believes_the_disk_and_not_the_cache(seed: int) -> None:
+    """The system shows what the disk never took, and the next sync succeeds: so it would be told, and be lost."""
+    disk = Disk(random.Random(seed))
+
+    def started() -> tuple[Journal, list[int]]:
+        journal = Journal.open("/d/journal", CLUSTER, files=SimFiles(disk, lambda ms: None))
+        return journal, [record.index for record in journal.replay()]
+
+    journal, _ = started()
+    journal.append([entry(1)])
+    journal.sync()
+    journal.append([entry(2)])
+    disk.fail_sync = True
+    with pytest.raises(JournalFailedError):
+        journal.sync()
+    journal, found = started()
+    assert found in ([1], [1, 2])
+    disk.lose_power()
+    assert started()[1] == found
+
+
+def test_a_journal_is_read_from_the_disk(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Journal.open(path, CLUSTER).close()
+    calls: list[tuple[str, int]] = []
+    real = os.pread
+    monkeypatch.setattr(os, "posix_fadvise", lambda fd, offset, length, advice: calls.append(("drop", advice)))
+    monkeypatch.setattr(os, "pread", lambda fd, *where: (calls.append(("read", fd)), real(fd, *where))[1])
+    Journal.open(path, CLUSTER).close()
+    assert calls[0] == ("drop", os.POSIX_FADV_DONTNEED) and calls[1][0] == "read"
 
 
 def test_a_write_that_can_not_be_taken_back_closes_the_journal(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

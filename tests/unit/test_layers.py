@@ -35,6 +35,7 @@ LOGIC = (
     "ftray.gcs.state",
     "ftray.runtime_env",
     "ftray.wire.frames",
+    "ftray.wire.group_messages",
     "ftray.wire.handshake",
     "ftray.wire.head_messages",
     "ftray.wire.messages",

@@ -1,10 +1,24 @@
 """An acknowledgement from an earlier term must not count for entries that came later.
 
-The history: five replicas, links in order and without loss, some of them slow. A leader's entries reach one follower
-only, whose acknowledgements are slow; the next leader takes those entries back; the first one leads again, writes three
-entries in their place, and now the old acknowledgements arrive. Then two replicas crash, of five.
+pysyncobj 0.3.17 (and 0.3.16) tells a leader only "the next entry that I need is number n" (`next_node_idx`), without
+saying in which term that was said. Here that costs three acknowledged writes, with five replicas A to E, links that
+are slow now and then but deliver everything in order, no restarts, and two replicas that crash at the end: what a
+cluster of five must survive.
 
-The bare library acknowledges the three writes and loses them. Both are driven by the same script.
+1. A leads. It writes six entries, x0 to x5, which reach E only. E acknowledges them; the link from E to A is slow, so
+   the acknowledgements are under way for a long time.
+2. B, C and D hear nothing of A, and elect B. B's log is shorter; A and E follow it, and throw x0 to x5 away.
+3. A is elected again, by C and D. It writes y0, y1, y2, at the places in the log where some of those were. They reach
+   D only: to B, C and E the links from A are slow now. Two of five have them, which is no majority.
+4. Now E's acknowledgements from step 1 arrive at A. They say that E has everything up to x5's place. The library counts
+   E, which has none of the three: a majority. **The writes are acknowledged to the client.**
+5. A and D crash. B, C and E elect a leader, and none of them has y0, y1 or y2.
+
+Every message of the replica names its term, and acknowledgements of another term count for nothing: the same history,
+message for message, acknowledges nothing at step 4. When the slow links have delivered, it acknowledges the writes, and
+the same crash loses none. Both are driven by one script.
+
+If the first of these tests fails, the library has mended this: the stamp (`Leading.on_ack`) may then be redundant.
 """
 
 from __future__ import annotations
@@ -44,12 +58,24 @@ class Wires:
         self.now_s = 1000.0
         self.queues: dict[tuple[str, str], deque[Any]] = {(a, b): deque() for a in NAMES for b in NAMES if a != b}
         self.nodes: dict[str, BareNode | OurNode] = {}
+        self.sent = 0
+        self.delivered = 0
+
+    def send(self, a: str, b: str, message: Any) -> None:
+        self.sent += 1
+        self.queues[(a, b)].append(message)
+
+    @property
+    def lossless(self) -> bool:
+        """All that was sent has arrived, or is under way still. (The order is that of the queues.)"""
+        return self.sent == self.delivered + sum(map(len, self.queues.values()))
 
     def deliver(self, a: str, b: str) -> bool:
         """All that is under way from a to b arrives. Returns whether there was anything."""
         queue = self.queues[(a, b)]
         found = bool(queue)
         for _ in range(len(queue)):
+            self.delivered += 1
             self.nodes[b].receive(a, queue.popleft())
             self.nodes[b].tick()
         return found
@@ -82,7 +108,7 @@ class _Wire(Transport):  # type: ignore[misc]
         self.name = name
 
     def send(self, node: Node, message: Any) -> bool:
-        self.wires.queues[(self.name, node.id)].append(message)
+        self.wires.send(self.name, node.id, message)
         return True
 
 
@@ -148,7 +174,7 @@ class OurNode:
         self.replica.flush()
 
     def send(self, link: str, data: bytes) -> None:
-        self.wires.queues[(self.name, link)].append(data)
+        self.wires.send(self.name, link, data)
 
     def close(self, link: str, reason: str) -> None:
         raise AssertionError(reason)
@@ -180,22 +206,23 @@ class OurNode:
 
 
 def history(wires: Wires) -> list[bytes]:
-    """Runs it up to the crash. Returns the writes that node A has acknowledged in its second term."""
+    """Runs it up to the crash; the steps are those of the module's text. Returns the writes that node A has
+    acknowledged in its second term."""
     nodes, lost, acknowledged = wires.nodes, list[bytes](), list[bytes]()
     wires.elect("A", NAMES)
     wires.beat("A")
     wires.pump(NAMES)
-    # A's entries reach E only, and E's answers are slow.
+    # 1. A's entries reach E only, and E's answers are slow.
     for number in range(6):
         nodes["A"].write(b"x%d" % number, lost)
     wires.beat("A")
     wires.beat("A")
     wires.deliver("A", "E")
-    # B leads, and takes them back everywhere.
+    # 2. B leads, and takes them back everywhere.
     wires.elect("B", "BCD")
     wires.beat("B")
     wires.pump("ABCDE", but=("EA",))
-    # A leads again, and writes three entries in their place. To B, C and E its links are slow now.
+    # 3. A leads again, and writes three entries in their place. To B, C and E its links are slow now.
     wires.elect("A", "ACD")
     for number in range(3):
         nodes["A"].write(b"y%d" % number, acknowledged)
@@ -203,14 +230,16 @@ def history(wires: Wires) -> list[bytes]:
     wires.beat("A")
     wires.pump("AD")
     assert not acknowledged and not lost, "two of five are no majority"
+    # 4. What E has said long ago arrives.
     wires.deliver("E", "A")
     wires.beat("A")
     wires.pump("AD")
+    assert wires.lossless
     return acknowledged
 
 
 def after_the_crash(wires: Wires) -> BareNode | OurNode:
-    """A and D are gone, and what they had sent with them. Returns the next leader."""
+    """5. A and D are gone, and what they had sent and nobody has received with them. Returns the next leader."""
     for a in "AD":
         for b in NAMES:
             if a != b:
@@ -249,18 +278,13 @@ def test_the_replica_does_not_count_them(wires: Wires) -> None:
     wires.pump(NAMES)
     acknowledged = history(wires)
     assert acknowledged == []
+    assert all(not wires.nodes[name].has(b"y0") for name in NAMES), "not committed, so not applied anywhere"
     # When the slow links deliver, the writes are acknowledged, and survive the same crash.
     wires.beat("A")
     wires.pump(NAMES)
-    nodes = wires.nodes
-    again: list[bytes] = []
-    for number in range(3):
-        nodes["A"].write(b"y%d" % number, again)
-    wires.beat("A")
-    wires.pump(NAMES)
-    assert acknowledged + again
+    assert acknowledged == [b"y0", b"y1", b"y2"]
     leader = after_the_crash(wires)
-    assert all(leader.has(value) for value in acknowledged + again)
+    assert leader.leads and all(leader.has(value) for value in acknowledged)
 
 
 def test_without_the_stamp_the_replica_would_lose_them_too(wires: Wires, monkeypatch: pytest.MonkeyPatch) -> None:

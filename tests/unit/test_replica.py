@@ -245,11 +245,11 @@ def test_the_journal_is_compacted_as_it_grows(tmp_path: Path) -> None:
 def test_a_compaction_that_fails_is_put_off(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def refuse(*arguments: object) -> None:
+    def refuse(*arguments: object, **options: object) -> None:
         raise JournalWriteError("no room")
 
     replica = opened(tmp_path, compact_bytes=5_000)
-    monkeypatch.setattr(Journal, "compact", refuse)
+    monkeypatch.setattr(Journal, "begin_compaction", refuse)
     for n in range(20):
         assert replica.submit(ME, n, put("key", "x" * 1_000 + str(n))).ok
     assert 1 <= caplog.text.count("the old journal is kept") <= 5

@@ -38,6 +38,8 @@ class Desk:
         """A callback is running."""
         self.requests: list[tuple[Request, ReplyCallback]] = []
         self.table_requests: list[tuple[TableChange, ReplyCallback]] = []
+        self.hand_overs: list[tuple[bytes, ReplyCallback]] = []
+        """Who is to lead instead of this one (empty: any), and who asks."""
         self.reads: list[Confirmed] = []
         """Fresh reads that have no round yet."""
         self.on_change: list[ChangeCallback] = []
@@ -50,12 +52,19 @@ class Desk:
         self._reading: list[tuple[int, Confirmed]] = []
         self._answers: list[tuple[ReplyCallback, Result]] = []
         """Given by the next `release`; the same for `_confirmed`."""
+        self._handing_over: ReplyCallback | None = None
+        """Who waits until another head leads."""
         self._confirmed: list[tuple[Confirmed, bool]] = []
 
     @property
     def pending(self) -> bool:
         """Whether something was asked since the last turn."""
-        return bool(self.requests or self.table_requests or self.reads)
+        return bool(self.requests or self.table_requests or self.reads or self.hand_overs)
+
+    @property
+    def waited_for(self) -> bool:
+        """Whether anybody waits for an answer."""
+        return self.pending or bool(self._waiting or self._reading)
 
     def take_requests(self) -> list[tuple[Request, ReplyCallback]]:
         taken, self.requests = self.requests, []
@@ -63,6 +72,10 @@ class Desk:
 
     def take_table_requests(self) -> list[tuple[TableChange, ReplyCallback]]:
         taken, self.table_requests = self.table_requests, []
+        return taken
+
+    def take_hand_overs(self) -> list[tuple[bytes, ReplyCallback]]:
+        taken, self.hand_overs = self.hand_overs, []
         return taken
 
     # --- within a turn ------------------------------------------------------------------------------------------------
@@ -85,6 +98,20 @@ class Desk:
 
     def answer(self, reply: ReplyCallback, code: Code, message: str) -> None:
         self.give(reply, Result(code, message, self._revision()))
+
+    @property
+    def handing_over(self) -> bool:
+        """Somebody waits until another head leads."""
+        return self._handing_over is not None
+
+    def wait_for_leader(self, reply: ReplyCallback) -> None:
+        self._handing_over = reply
+
+    def handed_over(self, code: Code, message: str) -> None:
+        """What has become of the lead."""
+        reply, self._handing_over = self._handing_over, None
+        if reply is not None:
+            self.answer(reply, code, message)
 
     def begin_reads(self) -> bool:
         """At the leader: fresh reads get a round. Returns whether there are any, so that peers must be asked."""
@@ -117,7 +144,7 @@ class Desk:
 
     def refuse(self, code: Code, message: str) -> None:
         """What was asked since the last turn is not done."""
-        for _, reply in [*self.take_requests(), *self.take_table_requests()]:
+        for _, reply in [*self.take_requests(), *self.take_table_requests(), *self.take_hand_overs()]:
             self._refuse(reply, code, message)
         self.refuse_reads()
 
@@ -150,6 +177,7 @@ class Desk:
             (reply, Result(Code.NOT_LEADER, message, self._revision())) for reply, _ in self._answers
         ]
         self._confirmed = [(confirmed, False) for confirmed, _ in self._confirmed]
+        self.handed_over(Code.NOT_LEADER, message)
         self.fail_waiting(message)
         self.refuse(Code.NOT_LEADER, message)
         self.release()

@@ -91,6 +91,10 @@ class Elections:
         self._retries = LOSS_RETRIES
         self._lost_at_ms = now_ms + self._rng.uniform(0.0, LOSS_DELAY_MS)
 
+    def hears_leader(self, now_ms: float) -> bool:
+        """Something was heard of a leader not so long ago that there is none, or none that reaches this replica."""
+        return now_ms - self._heard_ms < 2 * self._election_min_ms
+
     def first_vote(self, peer: bytes) -> bool:
         """Whether this is the first vote of a voter in this term. The library counts votes, not voters."""
         if self._term_of_votes != self._engine.term:

@@ -32,5 +32,9 @@ class NewerCommandError(RaftError):
     """A committed command can't be read here: it was written by a newer version of ftray."""
 
 
+class UnreadableSnapshotError(RaftError):
+    """The leader has sent a snapshot that can't be read here: it was written by another version of ftray."""
+
+
 class LibraryMovedError(RaftError):
     """The installed pysyncobj is not one that this code knows."""

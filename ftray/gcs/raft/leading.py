@@ -7,6 +7,7 @@ Rules
 - One change of the members is under way at a time. What remains to be done of one (a learner that has caught up votes,
   the head that it replaces goes) follows from the table, so the next leader carries on.
 - A leader does not remove itself: it hands over, and the next one does it.
+- No command is taken that a member can't read, because its ftray is older: it would stop.
 """
 
 from __future__ import annotations
@@ -19,19 +20,19 @@ import msgspec
 from ftray.gcs.raft import membership
 from ftray.gcs.raft import messages as m
 from ftray.gcs.raft.desk import UNKNOWN, Desk
-from ftray.gcs.raft.elections import NEVER_MS
+from ftray.gcs.raft.hand_over import RETRY_MS, HandOver
 from ftray.gcs.raft.library import Engine
 from ftray.gcs.raft.log import MEMBERSHIP, REGULAR, RaftLog
 from ftray.gcs.raft.snapshots import Sender
 from ftray.gcs.replica import Request
-from ftray.gcs.state.commands import AnyCommand, decode_command
+from ftray.gcs.state.commands import AnyCommand, decode_command, edition_of
 from ftray.gcs.state.errors import CommandError
+from ftray.gcs.state.sessions import checksum_of
 from ftray.gcs.state.state import GcsState, admit
 from ftray.gcs.state.tables import Code, Result
 
 log = logging.getLogger("ftray.gcs")
 
-HAND_OVER_RETRY_MS = 10.0
 _REGULAR = bytes([REGULAR])
 _MEMBERSHIP = bytes([MEMBERSHIP])
 
@@ -48,10 +49,10 @@ _encode_entry = msgspec.msgpack.Encoder().encode
 _decode_entry = msgspec.msgpack.Decoder(Entry).decode
 
 
-def decode_entry(command: bytes) -> tuple[Entry, AnyCommand]:
-    """What a regular entry of the log says. Raises CommandError, msgspec.DecodeError."""
+def decode_entry(command: bytes) -> tuple[Entry, AnyCommand, int]:
+    """What a regular entry of the log says, with the command's checksum. Raises CommandError, msgspec.DecodeError."""
     entry = _decode_entry(memoryview(command)[1:])
-    return entry, decode_command(entry.command)
+    return entry, decode_command(entry.command), checksum_of(entry.command)
 
 
 class Leading:
@@ -68,11 +69,11 @@ class Leading:
         state: Callable[[], GcsState],
         follow_table: Callable[[], None],
         value_bytes_max: int,
+        older_than: Callable[[int], list[str]],
     ) -> None:
+        """`older_than` tells which heads can't read commands of an edition."""
         self.stopping = False
         """The replica is about to stop."""
-        self._handing_over = False
-        """Another one is to lead, because this one is to be removed."""
         self._endpoint = endpoint
         self._me = me
         self._engine = engine
@@ -82,15 +83,16 @@ class Leading:
         self._state = state
         self._follow_table = follow_table
         self._value_bytes_max = value_bytes_max
+        self._older_than = older_than
         self._rounds: dict[bytes, int] = {}
         """The latest round that each peer has answered in this term."""
         self._led_term = -1
-        self._hand_over_ms = -NEVER_MS
+        self._hand_over = HandOver(engine, raft_log, me, desk)
 
     @property
     def resigning(self) -> bool:
         """Takes no commands, and hands over."""
-        return self.stopping or self._handing_over
+        return self.stopping or self._hand_over.on
 
     @property
     def ready(self) -> bool:
@@ -101,25 +103,21 @@ class Leading:
         """The voters beside this one."""
         return [each.replica_id for each in self._log.members if each.voter and each.replica_id != self._me]
 
-    def hand_over(self) -> None:
-        """Lets another head lead."""
-        self._handing_over = self._engine.leads and bool(self.others())
-
     def next_wake_ms(self, now_ms: float) -> float:
         """When to try again to hand over."""
         if self.resigning and self._engine.leads:
-            return max(self._hand_over_ms + HAND_OVER_RETRY_MS, now_ms + 1.0)
-        return NEVER_MS
+            return now_ms + RETRY_MS
+        return self._hand_over.next_wake_ms()
 
     # --- before the tick ----------------------------------------------------------------------------------------------
 
-    def take_requests(self, ready: bool) -> None:
+    def take_requests(self, ready: bool, now_ms: float) -> None:
         """Puts what was asked into the log, or refuses it."""
         desk, engine = self._desk, self._engine
         if engine.leads and desk.begin_reads():
             engine.hurry()
         if not ready:
-            for _, reply in [*desk.take_requests(), *desk.take_table_requests()]:
+            for _, reply in [*desk.take_requests(), *desk.take_table_requests(), *desk.take_hand_overs()]:
                 desk.answer(reply, Code.NOT_LEADER, "this head does not lead the cluster")
             return
         for request, reply in desk.take_requests():
@@ -137,10 +135,16 @@ class Leading:
             if isinstance(changed, str):
                 desk.answer(reply, Code.INVALID, changed)
             elif membership.find(changed, self._me) is None:
-                self._handing_over = True
+                self._hand_over.begin(now_ms)
                 desk.answer(reply, Code.NOT_LEADER, "this head hands over first, and the next leader removes it")
             else:
                 desk.wait(*self._append_table(changed), reply)
+        for to, reply in desk.take_hand_overs():
+            why_not = self._hand_over.why_not(to, now_ms)
+            if why_not:
+                desk.answer(reply, Code.INVALID, why_not)
+            else:
+                self._hand_over.begin(now_ms, to, reply)
 
     def _append_table(self, members: membership.Table) -> tuple[int, int]:
         placed = self._engine.append(_MEMBERSHIP + membership.encode_table(members))
@@ -150,14 +154,22 @@ class Leading:
     def _check(self, request: Request) -> AnyCommand | Result:
         """The command, or the answer to one that is not to be written."""
         state = self._state()
-        known = state.recall(request.client_id, request.sequence)
+        known = state.recall(request.client_id, request.sequence, checksum_of(request.command))
         if known is not None:
             return known
         try:
             command = decode_command(request.command)
         except CommandError as error:
             return Result(Code.INVALID, str(error), state.revision)
-        refused = admit(command, self._value_bytes_max)
+        edition = edition_of(command)
+        if edition > 1 and (older := self._older_than(edition)):
+            return Result(
+                Code.UNAVAILABLE,
+                f"{type(command).__name__} takes a newer ftray than {', '.join(older)} may run. It was not carried "
+                "out: those heads would stop. Start them with this version, or remove those that are gone",
+                state.revision,
+            )
+        refused = admit(command, self._value_bytes_max, len(request.command))
         return command if refused is None else Result(Code.TOO_LARGE, refused, state.revision)
 
     def on_ack(self, peer: bytes, ack: m.Ack | m.SnapshotAck, now_ms: float) -> None:
@@ -177,6 +189,18 @@ class Leading:
         if ack.success or ack.reset:
             engine.on_ack(peer, ack)
 
+    def is_no_news(self, peer: bytes, ack: m.Ack) -> bool:
+        """Whether an acknowledgement is the same as the one before. That its sender has been heard is noted then."""
+        engine = self._engine
+        if (
+            not ack.success or ack.reset or not engine.leads or ack.term != engine.term
+            or ack.round > self._rounds.get(peer, 0) or ack.next_index != engine.match_index(peer) + 1
+            or self._sender.sends_to(peer)
+        ):  # fmt: skip
+            return False
+        engine.heard_from(peer)
+        return True
+
     # --- after the tick -----------------------------------------------------------------------------------------------
 
     def after_tick(self, now_ms: float) -> None:
@@ -184,11 +208,11 @@ class Leading:
         if not engine.leads:
             if self._led_term >= 0:
                 self._led_term = -1
-                self._handing_over = False
                 self._rounds.clear()
                 self._sender.drop_all()
                 self._desk.fail_waiting(UNKNOWN)
             self._desk.refuse_reads()
+            self._hand_over.follow(now_ms)
             return
         if self._led_term != engine.term:
             self._led_term = engine.term
@@ -197,11 +221,9 @@ class Leading:
         if engine.own_term_applied:
             self._end_reads()
         if self.resigning:
-            if now_ms >= self._hand_over_ms + HAND_OVER_RETRY_MS:
-                self._hand_over_ms = now_ms
-                engine.hand_over()
+            self._hand_over.go_on(now_ms, self.stopping)
         elif engine.own_term_applied and self._log.members_index <= engine.commit_index:
-            self._go_on_with_table()
+            self._go_on_with_table(now_ms)
 
     def _end_reads(self) -> None:
         others = self.others()
@@ -209,7 +231,7 @@ class Leading:
         needed = (len(others) + 1) // 2  # with this one, a majority
         self._desk.end_reads(rounds[needed - 1] if needed else self._desk.round)
 
-    def _go_on_with_table(self) -> None:
+    def _go_on_with_table(self, now_ms: float) -> None:
         members, engine = self._log.members, self._engine
         caught_up = [
             member.replica_id
@@ -220,4 +242,4 @@ class Leading:
         if step is not None and membership.find(step, self._me) is not None:
             self._append_table(step)
         elif step is not None:
-            self._handing_over = True
+            self._hand_over.begin(now_ms)

@@ -13,8 +13,7 @@ What is changed of the library, and how
 - The fields named in `FIELDS` are read or set. `check_names` looks for all of them whenever an engine is made, and the
   tests do too: a version in which they moved is refused, and doesn't misbehave.
 
-What the library leaves to its caller, and where that is done: the table in docs/design; stamps, pre-votes, read rounds
-and snapshots in `replica.py`, truncation and durability in `log.py`.
+What the library leaves to its caller, where that is done, and which test fails without it: docs/raft.md.
 
 Rejected: patching the library in place (all its users in the process would get our clock); its own queue of commands
 (it forwards them to leaders, with outcomes that are then not known).
@@ -33,6 +32,7 @@ from typing import Any, Protocol
 from ftray.gcs.raft import messages as m
 from ftray.gcs.raft.errors import LibraryMovedError
 from ftray.gcs.raft.log import RaftLog
+from ftray.gcs.raft.window import Window
 
 VERSION_MIN = (0, 3, 16)
 """Before it, term and vote were lost by a restart."""
@@ -180,9 +180,15 @@ class _Transport(_lib.Transport):  # type: ignore[misc]
         out: m.PeerMessage
         match message["type"]:
             case "append_entries" if "prevLogIdx" in message:
+                entries = message["entries"]
+                if entries and not self._engine.window.take(
+                    peer, term, entries[-1][1], sum(len(entry[0]) for entry in entries)
+                ):
+                    self._engine.skip(peer, entries[0][1])
+                    entries = ()  # that it is there the peer must hear all the same
                 out = m.Append(
                     term, owner.round, message["commit_index"], message["prevLogIdx"], message["prevLogTerm"],
-                    tuple(message["entries"]),
+                    tuple(entries),
                 )  # fmt: skip
             case "append_entries":
                 self._engine.skip(peer)
@@ -274,6 +280,7 @@ class Engine:
         self._clock: Callable[[], float] = lambda: now_ms() / 1000.0
         self._log = log
         self._nodes: dict[bytes, PeerNode] = {}
+        self.window = Window()
         self._skipped: dict[PeerNode, int] = {}
         """What is known of peers that were skipped in this tick."""
         self.me = self.node(me)
@@ -355,6 +362,23 @@ class Engine:
         """At the leader: up to which entry the peer is known to have the log."""
         return int(self._raft._SyncObj__raftMatchIndex.get(self.node(peer), 0))
 
+    def is_linked(self, peer: bytes) -> bool:
+        return self.node(peer) in self._raft._SyncObj__connectedNodes
+
+    def heard_ms(self, peer: bytes) -> float:
+        """At the leader: when the peer has answered last."""
+        return float(self._raft._SyncObj__lastResponseTime.get(self.node(peer), 0.0)) * 1000.0
+
+    def rests_under(self, leader: bytes) -> bool:
+        """As a follower of that leader: nothing is to be applied, and no election was asked for."""
+        raft = self._raft
+        return bool(
+            raft._SyncObj__raftLeader == self.node(leader)
+            and raft._SyncObj__raftState == _FOLLOWER
+            and raft._SyncObj__raftLastApplied == raft._SyncObj__raftCommitIndex
+            and not raft._SyncObj__transferInProgress
+        )
+
     def election_due(self) -> bool:
         return bool(self._raft._SyncObj__raftElectionDeadline < self._clock())
 
@@ -392,6 +416,10 @@ class Engine:
     def on_ack(self, peer: bytes, ack: m.Ack) -> None:
         """An acknowledgement of this term."""
         next_index = max(1, min(ack.next_index, self.last_index + 1))
+        if ack.reset or not ack.success:
+            self.window.forget(peer)
+        elif self.window.acknowledged(peer, next_index - 1):
+            self.hurry()
         if not ack.success:
             # Of several messages on their way that don't fit, the first says how far to go back. The later ones only
             # say that there is a gap: going forward again to it would bring the same messages, for ever.
@@ -412,11 +440,33 @@ class Engine:
     def on_timeout_now(self, peer: bytes, term: int) -> None:
         self._receive(peer, {"type": "timeout_now", "term": term})
 
-    def skip(self, peer: bytes) -> None:
-        """While the library sends: that peer needs a snapshot, and nothing else now. (The library goes on asking for
-        its part of one, until 30 ms have passed, unless the peer seems to have all entries.)"""
+    def beat(self) -> list[bytes] | None:
+        """At the leader: if a tick would only send empty messages now, notes that they are sent, and returns the peers
+        that get one. None if there is more to do, or nothing."""
+        raft, last_index = self._raft, self.last_index
+        now, period = self._clock(), raft._SyncObj__conf.appendEntriesPeriod
+        if (
+            not self.leads or now <= raft._SyncObj__newAppendEntriesTime or raft._SyncObj__readonlyNodes
+            or raft._SyncObj__raftLastApplied != last_index or raft._SyncObj__raftCommitIndex != last_index
+        ):  # fmt: skip
+            return None
+        voters, times = raft._SyncObj__otherNodes, raft._SyncObj__lastResponseTime
+        silent_since = now - raft._SyncObj__conf.leaderFallbackTimeout
+        if 1 + sum(times[node] > silent_since for node in voters) <= (len(voters) + 1) / 2:
+            return None  # it steps down
+        linked = [node for node in voters if node in raft._SyncObj__connectedNodes]
+        next_index, match_index = raft._SyncObj__raftNextIndex, raft._SyncObj__raftMatchIndex
+        if any(next_index[node] != last_index + 1 or match_index[node] != last_index for node in linked):
+            return None
+        raft._SyncObj__newAppendEntriesTime = now + period
+        return [node.replica_id for node in linked]
+
+    def skip(self, peer: bytes, next_needed: int | None = None) -> None:
+        """While the library sends: that peer gets nothing more now, because it needs a snapshot, or because enough is
+        on its way to it (`next_needed` is what comes next). (The library goes on asking for its part of a snapshot,
+        until 30 ms have passed, unless the peer seems to have all entries.)"""
         node, next_index = self.node(peer), self._raft._SyncObj__raftNextIndex
-        self._skipped.setdefault(node, next_index[node])
+        self._skipped.setdefault(node, next_index[node] if next_needed is None else next_needed)
         next_index[node] = self.last_index + 1
 
     def _put_back(self) -> None:
@@ -425,6 +475,7 @@ class Engine:
             self._skipped.clear()
 
     def connected(self, peer: bytes) -> None:
+        self.window.forget(peer)
         self._raft._SyncObj__onNodeConnected(self.node(peer))
 
     def disconnected(self, peer: bytes) -> None:
@@ -467,10 +518,22 @@ class Engine:
             raft._SyncObj__transferInProgress = False
             self.postpone()
 
-    def hand_over(self) -> None:
-        """At the leader: asks the follower that has the whole log, if one has, to hold an election now."""
+    def hand_over(self, peer: bytes) -> None:
+        """At the leader: asks that follower, if it has the whole log, to hold an election now."""
         self._enter()
-        self._raft.transferLeadership()
+        self._raft.transferLeadership(self.node(peer))
+
+    def successors(self) -> list[bytes]:
+        """At the leader: linked voters that have the whole log."""
+        voters = self._raft._SyncObj__otherNodes
+        return sorted(
+            (
+                node.replica_id
+                for node in voters
+                if self.is_linked(node.replica_id) and self.match_index(node.replica_id) == self.last_index
+            ),
+            reverse=True,
+        )
 
     def set_peers(self, voters: Iterable[bytes], learners: Iterable[bytes]) -> None:
         """The table of members is another one."""

@@ -25,9 +25,11 @@ from typing import Protocol, overload
 
 import msgspec
 
+from ftray.gcs.compaction import Compacting, Source
 from ftray.gcs.journal_format import ENTRY, META, SNAPSHOT, Record
-from ftray.gcs.raft.errors import DivergedError
+from ftray.gcs.raft.errors import DivergedError, NewerCommandError
 from ftray.gcs.raft.membership import Table, decode_table
+from ftray.gcs.raft.snapshots import Made
 from ftray.gcs.state.errors import JournalCorruptError, JournalVersionError
 
 REGULAR, NO_OP, MEMBERSHIP = 0, 1, 2
@@ -55,7 +57,13 @@ class JournalLike(Protocol):
     def replay(self) -> Iterator[Record]: ...
     def append(self, records: Iterable[Record]) -> None: ...
     def sync(self) -> None: ...
+    def seal(self) -> None: ...
     def compact(self, snapshot: bytes, term: int, index: int, keep: Iterable[Record] = ()) -> None: ...
+    def begin_compaction(
+        self, source: Source, term: int, index: int, keep: Iterable[Record] = (), *, wait: bool = False
+    ) -> Compacting: ...
+    def open_snapshot(self) -> Made | None: ...
+    def forget_snapshot(self) -> None: ...
     def close(self) -> None: ...
 
 
@@ -80,8 +88,21 @@ decode_snapshot_body = msgspec.msgpack.Decoder(Snapshot).decode
 """Raises msgspec.DecodeError."""
 
 
-def encode_snapshot_body(members: Table, members_index: int, state: bytes) -> bytes:
-    return _encode(Snapshot(members, members_index, state))
+_BIN32 = b"\xc6"
+
+
+class _SnapshotSource:
+    """A `Snapshot` as bytes, whose state is read from a source. The state's length always has four bytes."""
+
+    def __init__(self, members: Table, members_index: int, state: Source) -> None:
+        self._begin = b"\x93" + _encode(members) + _encode(members_index) + _BIN32
+        self._state = state
+        self.head_bytes = len(self._begin) + 4 + state.head_bytes
+        self.read = state.read
+
+    def head(self, body_bytes: int, body_crc: int) -> bytes:
+        length = self._state.head_bytes + body_bytes
+        return self._begin + length.to_bytes(4, "big") + self._state.head(body_bytes, body_crc)
 
 
 class RaftLog:
@@ -184,7 +205,13 @@ class RaftLog:
                 self._cut_after(index - 1)
             elif index != last + 1:
                 raise DivergedError(f"entry {index} was given to a log that ends with {last}: please report it")
-        self._push((command, index, term))
+        try:
+            self._push((command, index, term))
+        except (msgspec.DecodeError, ValueError) as error:
+            raise NewerCommandError(
+                f"entry {index}, a table of heads, can't be read ({error}): it was written by a head with a newer "
+                "ftray. Start this head with the same version"
+            ) from error
         self._pending.append(Record(ENTRY, term, index, command))
 
     def setCurrentTerm(self, term: int, voted_for: str | None) -> None:
@@ -214,11 +241,17 @@ class RaftLog:
     @property
     def members(self) -> Table:
         """The table in force."""
-        return self._tables[-1][1] if self._tables else self.first_members
+        return self._tables[-1][1] if self._knows_later else self.first_members
 
     @property
     def members_index(self) -> int:
-        return self._tables[-1][0] if self._tables else self.first_index
+        return self._tables[-1][0] if self._knows_later else self.first_index
+
+    @property
+    def _knows_later(self) -> bool:
+        """Whether the log has a table that counts. A head that was added begins with the table in which it stands, and
+        then gets the log from its beginning, with all former tables: they are over, and it is in none of them."""
+        return bool(self._tables) and self._tables[-1][0] >= self.first_index
 
     def members_at(self, index: int) -> tuple[Table, int]:
         """The table after entry `index`, and its entry."""
@@ -244,25 +277,37 @@ class RaftLog:
             self.journal.sync()
             self._pending.clear()
             self._meta_due = False
+        else:
+            self.journal.seal()
 
-    def compact(self, index: int, state: bytes) -> None:
-        """Replaces what is before entry `index` by the state after it. Raises what `Journal.compact` raises."""
+    def begin_compaction(self, index: int, state: Source, wait: bool = False) -> Compacting:
+        """Begins to replace what is before entry `index` by the state after it. When that has been done: `compacted`.
+
+        Raises what `Journal.begin_compaction` and `sync` raise.
+        """
         self.sync()
         first = self._entries[0][1]
         term = self._entries[index - first][2]
         members, members_index = self.members_at(index)
         later = [Record(ENTRY, each[2], each[1], each[0]) for each in self._entries[index - first + 1 :]]
-        body = encode_snapshot_body(members, members_index, state)
-        self.journal.compact(body, term, index, [*later, self._meta()])
+        source = _SnapshotSource(members, members_index, state)
+        return self.journal.begin_compaction(source, term, index, [*later, self._meta()], wait=wait)
+
+    def compacted(self, index: int) -> None:
+        """The journal begins with the state after entry `index` now: entries before it need not be in memory."""
         self.snapshot_index = index
         self._forget_before(index)
 
     def install(self, body: Snapshot, data: bytes, index: int, term: int) -> None:
-        """Replaces everything by a snapshot that a peer sent. Raises what `Journal.compact` raises."""
+        """Replaces everything by a snapshot that a peer sent. Raises DivergedError, and what `compact` raises."""
+        if index <= self.commit:  # the entry is here, and another one
+            raise DivergedError(
+                f"a snapshot after entry {index} of term {term} contradicts what was committed here: the state of this "
+                "head can't be trusted. Replace it (ftray heads replace); it is then filled from the others"
+            )
         self.sync()
-        self.commit = index
-        self.journal.compact(data, term, index, [self._meta()])
-        self._set_anchor(body, index, term)
+        self.journal.compact(data, term, index, [self._meta(index)])
+        self._set_anchor(body, index, term)  # not before: without room for it, what is here is not committed by it
 
     def has(self, index: int, term: int) -> bool:
         """Whether this entry is in the log, or was before its snapshot."""
@@ -279,9 +324,9 @@ class RaftLog:
             index -= 1
         return index
 
-    def _meta(self) -> Record:
+    def _meta(self, commit: int = 0) -> Record:
         meta = _Meta(self.vote or "", self.first_members, self.first_index, self.active)
-        return Record(META, self.term, self.commit, _encode(meta))
+        return Record(META, self.term, commit or self.commit, _encode(meta))
 
     def _set_anchor(self, snapshot: Snapshot, index: int, term: int) -> None:
         self._entries = [(_NO_OP_COMMAND, index, term)]

@@ -13,6 +13,7 @@ Rules
 - A head that is not in the table is refused and told why: it was removed, its disk was emptied, or it is of another
   cluster. One that waits to be added (`joining`) may keep its link, and takes the table over once it stands in it.
 - Who has a later table than ours knows better who belongs to it.
+- A head that comes back with less than it had is refused, and stops (`memory.py`).
 - Of two links between the same two heads the one that the head with the smaller id has dialled stays, except that a
   restarted head's new link always replaces the one from its former life.
 
@@ -29,12 +30,18 @@ from typing import Protocol
 from ftray.gcs.raft.errors import MembershipMismatchError, ReplicaRefusedError, ReplicaRemovedError
 from ftray.gcs.raft.log import RaftLog
 from ftray.gcs.raft.membership import Member, Table, find, show
-from ftray.gcs.raft.messages import PEER_VERSION, Hello, PeerMessage, Refused
+from ftray.gcs.raft.memory import Memory
+from ftray.gcs.raft.messages import PEER_VERSION, Hello, PeerMessage, Refused, TermMessage
+from ftray.gcs.state import commands
 
 log = logging.getLogger("ftray.gcs")
 
 Link = Hashable
 """A connection, as the shell knows it."""
+
+
+REFUSALS_MAX = 100
+"""So many are remembered: strangers may come from any number of addresses."""
 
 
 class PeersOwner(Protocol):
@@ -46,6 +53,10 @@ class PeersOwner(Protocol):
 
     def queue_close(self, link: Link, reason: str) -> None:
         """Closes, after what was queued."""
+        ...
+
+    def tell(self, link: Link, message: Refused) -> None:
+        """Sends at once: it rests on nothing that must be durable."""
         ...
 
     def on_peer(self, peer: bytes) -> None:
@@ -87,6 +98,9 @@ class Peers:
         self._joining = joining
         self._links: dict[Link, _Peer] = {}
         self._by_id: dict[bytes, Link] = {}
+        self._memory = Memory(raft_log)
+        self._editions: dict[bytes, int] = {}
+        """Of the commands that each head can read, as it has said last."""
         self.refusals: dict[str, str] = {}
         """By endpoint, why that head refused this one, or was refused."""
 
@@ -101,10 +115,22 @@ class Peers:
         """The link to a member."""
         return self._by_id.get(peer)
 
-    def sender(self, link: Link) -> Hello | None:
-        """Who is at the other end, if what it says counts."""
+    def sender(self, link: Link, message: TermMessage | None = None) -> Hello | None:
+        """Who is at the other end, if what it says counts; it has said that message."""
         peer = self._links.get(link)
-        return peer.hello if peer is not None and peer.accepted else None
+        if peer is None or not peer.accepted or peer.hello is None:
+            return None
+        if message is not None:
+            self._memory.heard(peer.hello.replica_id, message)
+        return peer.hello
+
+    def older_than(self, edition: int) -> list[str]:
+        """Endpoints of the other members that can't read commands of that edition, or have not said that they can."""
+        return [
+            member.endpoint
+            for member in self._log.members
+            if member.replica_id != self.me and self._editions.get(member.replica_id, 1) < edition
+        ]
 
     @property
     def connected(self) -> list[bytes]:
@@ -128,12 +154,20 @@ class Peers:
 
     def wanted(self) -> list[str]:
         """Endpoints of heads that there should be a link to, and is none."""
-        endpoints = {member.endpoint for member in self._log.members} or set(self._heads)
+        endpoints = {member.endpoint for member in self._log.members} or {*self._heads, *self._told_heads()}
         endpoints.discard(self._endpoint)
         for peer in self._links.values():
             if peer.hello is not None:
                 endpoints.discard(peer.hello.endpoint)
         return sorted(endpoints)
+
+    def _told_heads(self) -> list[str]:
+        """Where the heads are, for one that waits to be added: the list that it was started with may be an old one, or
+        a part, and without the leader. Of the heads that it has met, one that knows the latest table has told it."""
+        tables = [peer.hello for peer in self._links.values() if peer.hello is not None and peer.hello.active]
+        if not self._joining or not tables:
+            return []
+        return [member.endpoint for member in max(tables, key=lambda hello: hello.members_index).members]
 
     # --- events -------------------------------------------------------------------------------------------------------
 
@@ -153,15 +187,28 @@ class Peers:
         if peer is None:
             return
         if hello.version != PEER_VERSION:
-            self._refuse(link, f"it speaks version {hello.version} of the heads' protocol, this head {PEER_VERSION}")
+            peer.hello = hello
+            self._refuse(
+                link, f"{hello.endpoint} speaks version {hello.version} of the heads' protocol, {self._endpoint} "
+                f"{PEER_VERSION}: install the same version of ftray on both",
+            )  # fmt: skip
         elif hello.cluster_id != self._cluster_id:
-            self._refuse(link, f"it belongs to cluster {hello.cluster_id.hex()}, not to {self._cluster_id.hex()}")
+            peer.hello = hello
+            self._refuse(
+                link, f"{hello.endpoint} belongs to cluster {hello.cluster_id.hex()}, {self._endpoint} to "
+                f"{self._cluster_id.hex()}: start both with the same FTRAY_TOKEN and directories of that cluster",
+            )  # fmt: skip
         elif hello.replica_id == self.me:
             self._drop(link, "it leads to this head itself")
+        elif reason := self._memory.why_not(hello):
+            peer.hello = hello
+            self._refuse(link, reason, forgot=True)
         elif self._keep(link, peer, hello):
+            self._memory.greeted(hello)
+            self._editions[hello.replica_id] = hello.edition
             peer.hello = hello
             if not self._log.active:
-                self._form(hello)
+                self._form(hello, link)
             if self._log.active:
                 self._judge(link, peer)
 
@@ -169,14 +216,22 @@ class Peers:
         """Raises ReplicaRemovedError, ReplicaRefusedError: this replica must stop."""
         peer = self._links.get(link)
         where = peer.hello.endpoint if peer is not None and peer.hello is not None else "a peer"
-        self.refusals[where] = refused.reason
+        news = self.refusals.get(where) != refused.reason  # it is told again with each link
+        self._note_refusal(where, refused.reason)
         if refused.removed and self._log.active and refused.members_index > self._log.members_index:
             raise ReplicaRemovedError(
                 f"this head (replica {self.me.hex()}) was removed from the cluster, says {where}: {refused.reason}"
             )
-        if not self._log.active and not self._joining:
+        if refused.forgot or (not self._log.active and not self._joining):
             raise ReplicaRefusedError(f"{where} refuses this head: {refused.reason}")
-        log.warning("%s refuses this head: %s", where, refused.reason)
+        if news:
+            log.warning("%s refuses this head: %s", where, refused.reason)
+
+    def _note_refusal(self, where: str, reason: str) -> None:
+        self.refusals.pop(where, None)
+        self.refusals[where] = reason
+        if len(self.refusals) > REFUSALS_MAX:
+            del self.refusals[next(iter(self.refusals))]
 
     def table_changed(self) -> None:
         """The table of members is another one: says so, and judges all links anew."""
@@ -241,12 +296,15 @@ class Peers:
             "It was removed, or never added: to add it, empty its directory and let it join (ftray heads add)"
         )
 
-    def _refuse(self, link: Link, reason: str, index: int = 0, removed: bool = False) -> None:
+    def _refuse(
+        self, link: Link, reason: str, index: int = 0, removed: bool = False, forgot: bool = False
+    ) -> None:
         peer = self._links.get(link)
-        if peer is not None and peer.hello is not None:
-            self.refusals[peer.hello.endpoint] = reason
-        log.warning("refused a head: %s", reason)
-        self._owner.queue(link, Refused(reason, index, removed))
+        where = peer.hello.endpoint if peer is not None and peer.hello is not None else ""
+        if self.refusals.get(where) != reason:
+            log.warning("refused a head: %s", reason)
+        self._note_refusal(where, reason)
+        self._owner.queue(link, Refused(reason, index, removed, forgot))
         self._drop(link, "refused: " + reason)
 
     def _drop(self, link: Link, reason: str) -> None:
@@ -255,7 +313,7 @@ class Peers:
 
     # --- forming ------------------------------------------------------------------------------------------------------
 
-    def _form(self, hello: Hello | None = None) -> None:
+    def _form(self, hello: Hello | None = None, link: Link | None = None) -> None:
         """Goes on towards an active table, after a greeting or at the start."""
         if hello is not None and hello.active:
             if find(hello.members, self.me) is not None:
@@ -264,10 +322,12 @@ class Peers:
         if self._joining or (hello is not None and hello.joining):
             return
         if hello is not None and hello.heads != self._heads:
-            raise MembershipMismatchError(
+            text = (
                 f"the heads were started with different lists: {self._endpoint} with {', '.join(self._heads)}; "
                 f"{hello.endpoint} with {', '.join(hello.heads)}. Start all of them with the same list"
             )
+            self._owner.tell(link, Refused(text, 0, False))  # so that both say it, whoever is heard first
+            raise MembershipMismatchError(text)
         ours = self._log.first_members
         if not ours:
             ours = self._prepare()
@@ -316,6 +376,7 @@ class Peers:
         return Hello(
             PEER_VERSION, self._cluster_id, self.me, self._endpoint, self._boot, self._heads, raft_log.members,
             raft_log.members_index, raft_log.active, self._joining and find(raft_log.members, self.me) is None,
+            raft_log.term, raft_log[-1][1] if len(raft_log) else 0, commands.EDITION,
         )  # fmt: skip
 
 

@@ -24,30 +24,26 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 
+from ftray.gcs.compaction import Source
 from ftray.gcs.raft import membership
 from ftray.gcs.raft import messages as m
 from ftray.gcs.raft.desk import Confirmed, Desk, register
 from ftray.gcs.raft.elections import NEVER_MS, Elections
 from ftray.gcs.raft.errors import NewerCommandError, ReplicaRemovedError
+from ftray.gcs.raft.idle import Idle
 from ftray.gcs.raft.leading import Leading, decode_entry
 from ftray.gcs.raft.library import Engine
-from ftray.gcs.raft.log import MEMBERSHIP, REGULAR, JournalLike, RaftLog, decode_snapshot_body, encode_snapshot_body
+from ftray.gcs.raft.log import MEMBERSHIP, NO_OP, REGULAR, JournalLike, RaftLog
 from ftray.gcs.raft.peers import Link, Peers, check_heads
-from ftray.gcs.raft.shell import PeerTransport, Timing
-from ftray.gcs.raft.snapshots import Made, Receiver, Sender, part_of
+from ftray.gcs.raft.saving import Saving, restore, sent
+from ftray.gcs.raft.shell import Closed, Opened, PeerTransport, Timing
+from ftray.gcs.raft.snapshots import Made, Receiver, part_of
 from ftray.gcs.replica import COMPACT_BYTES, ChangeCallback, ReplicaClosedError, ReplyCallback, Request
-from ftray.gcs.state.errors import (
-    CommandError,
-    JournalCorruptError,
-    JournalVersionError,
-    JournalWriteError,
-    SnapshotError,
-    SnapshotVersionError,
-)
+from ftray.gcs.state.errors import CommandError, JournalWriteError
 from ftray.gcs.state.state import VALUE_BYTES_MAX, GcsState
 from ftray.gcs.state.tables import Code, Result
 
@@ -56,14 +52,7 @@ log = logging.getLogger("ftray.gcs")
 STALL_RETRY_MS = 50.0
 _REGULAR = bytes([REGULAR])
 _MEMBERSHIP = bytes([MEMBERSHIP])
-
-
-class _Opened(NamedTuple):
-    dialled: bool
-
-
-class _Closed(NamedTuple):
-    reason: str
+_NO_OP = bytes([NO_OP])
 
 
 class RaftReplica:
@@ -100,13 +89,11 @@ class RaftReplica:
         self._now_ms = now_ms
         self._rng = rng
         self._timing = timing
-        self._compact_bytes = compact_bytes
         self._log = RaftLog(journal)
         self.state = GcsState(journal.cluster_id)
         snapshot = self._log.replay()
         if snapshot is not None:
-            self.state = self._restore(snapshot)
-        self._compact_at_bytes = max(compact_bytes, 2 * len(snapshot or b""))
+            self.state = restore(journal, snapshot)
         heads = tuple(heads)
         check_heads(self._log, endpoint, heads, join)
         if not heads:
@@ -117,10 +104,11 @@ class RaftReplica:
         self._engine: Engine | None = None
         self._elections: Elections | None = None
         self._table: membership.Table = ()
-        self._sender = Sender(self._make_snapshot, self._send_part)
+        self._saving = Saving(self._log, compact_bytes, len(snapshot or b""), self._picture, self._send_part)
+        self._sender = self._saving.sender
         self._receiver = Receiver()
 
-        self._inbound: list[tuple[Link, m.PeerMessage | _Opened | _Closed]] = []
+        self._inbound: list[tuple[Link, m.PeerMessage | Opened | Closed]] = []
         self._outbox: list[tuple[Link, bytes | None, str]] = []
         """What leaves after the next sync; None closes the link."""
         self._desk = Desk(lambda: self.state.revision)
@@ -128,6 +116,7 @@ class RaftReplica:
         """As a follower: the round of the leader's message that is being answered."""
         self._resigning = False
         self._leading: Leading | None = None
+        self._idle: Idle | None = None
         self._stalled_ms: float | None = None
         """Since when the disk takes nothing."""
         self._replaced = False
@@ -151,8 +140,10 @@ class RaftReplica:
 
     @property
     def leader_hint(self) -> str:
-        leader = self._engine.leader if self._engine is not None else None
-        member = membership.find(self._log.members, leader) if leader is not None else None
+        engine, elections = self._engine, self._elections
+        if engine is None or elections is None or not (engine.leads or elections.hears_leader(self._now_ms())):
+            return ""  # the library goes on naming the last one, and there may never be another
+        member = membership.find(self._log.members, engine.leader) if engine.leader is not None else None
         return "" if member is None else member.endpoint
 
     def propose(self, request: Request, reply: ReplyCallback) -> None:
@@ -182,6 +173,7 @@ class RaftReplica:
     def _end(self, message: str) -> None:
         journal, self._journal = self._journal, None
         if journal is not None:
+            self._saving.end()
             journal.close()
             self._outbox.clear()
             self._inbound.clear()
@@ -215,10 +207,10 @@ class RaftReplica:
         self._require_open()
         self._desk.table_requests.append((lambda table: membership.remove(table, replica_id), reply))
 
-    def hand_over(self) -> None:
-        """Lets another head lead, if this one does."""
-        if self._leading is not None:
-            self._leading.hand_over()
+    def hand_over(self, to: bytes = b"", reply: ReplyCallback = lambda result: None) -> None:
+        """Lets another head lead: `to`, or any. `reply` gets the result from a `flush`. Raises ReplicaClosedError."""
+        self._require_open()
+        self._desk.hand_overs.append((to, reply))
 
     def resign(self) -> None:
         """Begins a clean stop: takes no more commands, and hands over. Close when `resigned`, or after a while."""
@@ -245,6 +237,7 @@ class RaftReplica:
             "last_index": 0 if engine is None else engine.last_index,
             "commit_index": 0 if engine is None else engine.commit_index,
             "applied_index": 0 if engine is None else engine.last_applied,
+            "snapshot_index": self._log.snapshot_index,
             "members": [
                 {"replica": each.replica_id.hex(), "endpoint": each.endpoint, "voter": each.voter}
                 for each in self._log.members
@@ -259,20 +252,41 @@ class RaftReplica:
 
     def link_opened(self, link: Link, dialled: bool) -> None:
         """A link to another head is open; `dialled`: this side has made it."""
-        self._inbound.append((link, _Opened(dialled)))
+        self._inbound.append((link, Opened(dialled)))
 
-    def link_message(self, link: Link, data: bytes | bytearray | memoryview) -> None:
-        """A message has come. What can't be decoded closes the link."""
+    def link_message(self, link: Link, data: bytes | bytearray | memoryview) -> bool:
+        """A message has come. Returns whether a `flush` is due. What can't be decoded closes the link."""
         try:
-            self._inbound.append((link, m.decode(data)))
+            event = m.decode(data)
         except msgspec.DecodeError as error:
             log.warning("a head sent a message that is none: %s", error)
             self._transport.close(link, f"a message that is none: {error}")
             self.link_closed(link, "it sent a message that is none")
+            return True
+        if self._idle is not None and self._rests:
+            answer = self._idle.answer(self._peers.sender(link), event)
+            if isinstance(answer, m.Ack):
+                self.round_seen = answer.round
+                self._transport.send(link, m.encode(answer))
+            if answer is not None:
+                return False
+        self._inbound.append((link, event))
+        return True
+
+    @property
+    def _rests(self) -> bool:
+        return not (self._inbound or self._outbox) and self._stalled_ms is None and self._journal is not None
+
+    def beat(self) -> bool:
+        """At a leader that has nothing else to do: shows the others that it is there. False: `flush` is due instead."""
+        told = self._rests and self._idle is not None and not self._saving.busy and self._idle.beat(self.on_send)
+        if told:
+            self._release()
+        return told
 
     def link_closed(self, link: Link, reason: str) -> None:
         """The link is closed."""
-        self._inbound.append((link, _Closed(reason)))
+        self._inbound.append((link, Closed(reason)))
 
     # --- turns --------------------------------------------------------------------------------------------------------
 
@@ -287,8 +301,9 @@ class RaftReplica:
         if self._engine is None or self._elections is None or self._leading is None:
             return NEVER_MS
         return min(
-            self._engine.next_wake_ms(), self._elections.next_wake_ms(), self._leading.next_wake_ms(self._now_ms())
-        )
+            self._engine.next_wake_ms(), self._elections.next_wake_ms(), self._leading.next_wake_ms(self._now_ms()),
+            self._saving.next_wake_ms,
+        )  # fmt: skip
 
     def flush(self) -> None:
         """Does what is due. See the module.
@@ -318,7 +333,7 @@ class RaftReplica:
             self._follow_table()
         engine, elections, leading = self._engine, self._elections, self._leading
         if engine is not None and elections is not None and leading is not None:
-            leading.take_requests(self.is_leader)
+            leading.take_requests(self.is_leader, now_ms)
             if not leading.others() and not self._write(now_ms):
                 return False  # alone, an entry counts as soon as it is in the log, so that is made durable first
             elections.plan(now_ms)
@@ -328,7 +343,7 @@ class RaftReplica:
             self._desk.refuse(Code.NOT_LEADER, "this head has no part in the cluster yet")
         if self._write(now_ms):
             self._release()
-            self._try_compact()
+            self._saving.turn(now_ms)
         return self._desk.pending
 
     def _write(self, now_ms: float) -> bool:
@@ -338,6 +353,7 @@ class RaftReplica:
         except JournalWriteError as error:
             if self._stalled_ms is None:
                 self._stalled_ms = now_ms
+                self._saving.put_off()  # the room that it takes is what is missing, perhaps
                 log.error("%s; this head is silent until it can write", error)
             return False
         if self._stalled_ms is not None:
@@ -347,7 +363,7 @@ class RaftReplica:
 
     def _wait_for_disk(self, now_ms: float) -> None:
         self._inbound = [
-            each for each in self._inbound if isinstance(each[1], (_Opened, _Closed, m.Hello, m.Refused))
+            each for each in self._inbound if isinstance(each[1], (Opened, Closed, m.Hello, m.Refused))
         ]  # Raft's own messages may get lost
         self._desk.refuse(Code.UNAVAILABLE, "the command was not carried out: the disk of this head is full")
         if self._stalled_ms is not None and now_ms - self._stalled_ms > self._timing.fallback_ms:
@@ -368,18 +384,18 @@ class RaftReplica:
 
     # --- what peers say -----------------------------------------------------------------------------------------------
 
-    def _deliver(self, link: Link, event: m.PeerMessage | _Opened | _Closed, now_ms: float) -> None:
+    def _deliver(self, link: Link, event: m.PeerMessage | Opened | Closed, now_ms: float) -> None:
         match event:
-            case _Opened(dialled):
+            case Opened(dialled):
                 self._peers.opened(link, dialled)
-            case _Closed():
+            case Closed():
                 self._peers.closed(link)
             case m.Hello():
                 self._peers.on_hello(link, event)
             case m.Refused():
                 self._peers.on_refused(link, event)
             case _:
-                sender, engine, elections = self._peers.sender(link), self._engine, self._elections
+                sender, engine, elections = self._peers.sender(link, event), self._engine, self._elections
                 leading = self._leading
                 if sender is not None and engine is not None and elections is not None and leading is not None:
                     if isinstance(event, (m.Ack, m.SnapshotAck)):
@@ -408,13 +424,9 @@ class RaftReplica:
                 pass
 
     def _follow(
-        self,
-        engine: Engine,
-        elections: Elections,
-        peer: bytes,
-        event: m.Append | m.Ping | m.SnapshotPart,
+        self, engine: Engine, elections: Elections, peer: bytes, event: m.Append | m.Ping | m.SnapshotPart,
         now_ms: float,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """The leader of some term speaks."""
         if event.term < engine.term:
             # It would not learn otherwise that its term is over, and this replica could never follow it.
@@ -459,15 +471,17 @@ class RaftReplica:
         result = Result(Code.OK, "", self.state.revision)
         if command[:1] == _REGULAR:
             try:
-                entry, decoded = decode_entry(command)
+                entry, decoded, checksum = decode_entry(command)
             except (CommandError, msgspec.DecodeError) as error:
                 raise NewerCommandError(
                     f"entry {index} can't be read ({error}): it was written by a head with a newer ftray. Start this "
                     "head with the same version"
                 ) from error
-            result = self.state.apply(entry.client_id, entry.sequence, decoded)
+            result = self.state.apply(entry.client_id, entry.sequence, decoded, checksum)
         elif command[:1] == _MEMBERSHIP:
             self._on_table_committed(membership.decode_table(memoryview(command)[1:]))
+        elif command[:1] != _NO_OP:
+            raise NewerCommandError(f"entry {index} is of kind {command[0]}: only a newer ftray knows it, install that")
         self._desk.applied(index, term, result)
 
     def _on_table_committed(self, members: membership.Table) -> None:
@@ -507,9 +521,10 @@ class RaftReplica:
             self._elections = Elections(self._engine, self._rng, timing.election_min_ms, self.on_send)
             self._leading = Leading(
                 self.endpoint, self.replica_id, self._engine, self._log, self._desk, self._sender, lambda: self.state,
-                self._follow_table, self.value_bytes_max,
+                self._follow_table, self.value_bytes_max, self._peers.older_than,
             )  # fmt: skip
             self._leading.stopping = self._resigning
+            self._idle = Idle(self._engine, self._elections, self._leading, self._desk, self._log, self._now_ms)
         self._follow_table()
 
     def on_peer(self, peer: bytes) -> None:
@@ -534,45 +549,36 @@ class RaftReplica:
         """For the links: closes after what was queued."""
         self._outbox.append((link, None, reason))
 
+    def tell(self, link: Link, message: m.Refused) -> None:
+        """For the links: sends at once."""
+        self._transport.send(link, m.encode(message))
+
     # --- snapshots ----------------------------------------------------------------------------------------------------
 
     def compact(self) -> None:
-        """Replaces the journal by a snapshot of the state. Raises JournalWriteError (the old one goes on)."""
+        """Replaces the journal by a snapshot of the state before it returns, and does nothing else meanwhile. Raises
+        JournalWriteError (the old one goes on), JournalFailedError, ReplicaClosedError."""
         self._require_open()
-        engine = self._engine
-        if engine is not None and engine.last_applied > self._log.snapshot_index:
-            snapshot = self.state.snapshot()
-            self._compact_at_bytes = max(self._compact_bytes, 2 * len(snapshot))
-            self._log.compact(engine.last_applied, snapshot)
+        self._saving.compactor.at_once()
 
-    def _try_compact(self) -> None:
-        if self._log.journal.size_bytes < self._compact_at_bytes:
-            return
-        try:
-            self.compact()
-        except JournalWriteError as error:
-            log.warning("%s; the old journal is kept and grows", error)
-            self._compact_at_bytes = self._log.journal.size_bytes + self._compact_bytes
+    def begin_compaction(self) -> None:
+        """The same piece by piece, in the turns that follow. Raises the same."""
+        self._require_open()
+        self._saving.compactor.begin()
 
-    def _make_snapshot(self) -> tuple[int, int, bytes]:
-        engine = self._engine
-        assert engine is not None
-        index = engine.last_applied
-        members, members_index = self._log.members_at(index)
-        term = self._log[index - self._log[0][1]][2]
-        return index, term, encode_snapshot_body(members, members_index, self.state.snapshot())
+    def _picture(self) -> tuple[int, Source] | None:
+        return None if self._engine is None else (self._engine.last_applied, self.state.picture())
 
     def _send_part(self, peer: bytes, made: Made, offset: int) -> None:
-        assert self._engine is not None
-        self.on_send(peer, part_of(made, offset, self._engine.term, self.round))
+        self.on_send(peer, part_of(made, offset, self._log.term, self.round))
 
     def _install(self, engine: Engine, data: bytes, part: m.SnapshotPart) -> bool:
         """Goes on from a snapshot that the leader has sent. False if there is no room for it: it will be sent again.
 
-        Raises JournalVersionError, JournalCorruptError: this head can't follow, and what it has is left as it was.
+        Raises UnreadableSnapshotError: this head can't follow, and what it has is left as it was. Raises DivergedError.
         """
-        body = decode_snapshot_body(data)
-        state = self._restore(body.state)
+        self._saving.give_up()
+        body, state = sent(data, self._log.journal.cluster_id)
         try:
             self._log.install(body, data, part.index, part.index_term)
         except JournalWriteError as error:
@@ -581,17 +587,9 @@ class RaftReplica:
         self.state = state
         self._replaced = True
         engine.installed(part.index)
-        self._compact_at_bytes = max(self._compact_bytes, 2 * len(data))
+        engine.postpone()  # that may have taken longer than an election timeout, in which the leader was not heard
+        self._saving.compactor.replaced(len(data))
         return True
-
-    def _restore(self, data: bytes) -> GcsState:
-        where = str(getattr(self._log.journal, "path", "the journal"))
-        try:
-            return GcsState.restore(data, self._log.journal.cluster_id)
-        except SnapshotVersionError as error:
-            raise JournalVersionError(f"journal {where}: its snapshot is of a newer ftray: {error}") from error
-        except SnapshotError as error:
-            raise JournalCorruptError(where, 0, f"its snapshot: {error}") from error
 
     def _require_open(self) -> None:
         if self._journal is None:

@@ -21,6 +21,16 @@ class Timing(NamedTuple):
     """A leader that hears no majority for so long steps down."""
 
 
+class Opened(NamedTuple):
+    """What happens to a link, between the messages that come over it."""
+
+    dialled: bool
+
+
+class Closed(NamedTuple):
+    reason: str
+
+
 class PeerTransport(Protocol):
     """Links to other heads: ordered, and without loss while they are open. A link is any hashable of the shell's."""
 

@@ -1,12 +1,13 @@
 """Commands: everything that can change the GCS state, and their encoding.
 
 Role: pure data. A command is one byte of format version and a MessagePack array whose first element is the command's
-tag. Tags are for ever: one that is retired is not used again. 3 is kept for draining a node, 50 to 59 for placement
-groups.
+tag. Tags are for ever: one that is retired is not used again. 3 is kept for draining a node, 50 to 59 are placement
+groups'.
 
-Rules: a field is never given another meaning, and adding one raises `COMMAND_VERSION`, because a replica that ignored a
-field which another one obeys would hold a different state. Hence unknown fields are refused, not skipped. Reads are
-not commands. A command carries no clock reading that decides anything, and no randomness.
+Rules: a new command raises `EDITION`. A field is never given another meaning, and adding one raises
+`COMMAND_VERSION`, because a replica that ignored a field which another one obeys would hold a different state. Hence
+unknown fields are refused, not skipped. Reads are not commands. A command carries no clock reading that decides
+anything, and no randomness.
 
 Rejected: pickle (executes what it reads); names instead of integer tags (commands are written to disk for each actor
 and each export); one struct with optional fields (nothing says which belong together).
@@ -21,6 +22,11 @@ import msgspec
 from ftray.gcs.state.errors import CommandError, CommandVersionError, UnknownCommandError
 
 COMMAND_VERSION = 1
+EDITION = 1
+"""Of the set of commands: a later one has more. Heads tell each other, and the leader takes none that one of them
+lacks, because a head that finds a command in its log which it can't read stops."""
+EDITIONS: dict[int, int] = {}
+"""By tag, the edition that a command came with, if that is not the first."""
 
 
 class DeathCauseRecord(msgspec.Struct, array_like=True, frozen=True):
@@ -97,6 +103,16 @@ class KvDelete(Command, frozen=True, tag=21):
     namespace: str
     key: bytes
     prefix: bool = False
+
+
+class JobKvPut(Command, frozen=True, tag=22):
+    """As `KvPut`, for a key that goes with the last of the jobs that have put it; `ended` when the job is over."""
+
+    job_id: bytes
+    namespace: str
+    key: bytes
+    value: bytes
+    overwrite: bool = True
 
 
 class RegisterActor(Command, frozen=True, tag=30):
@@ -194,6 +210,87 @@ class WorkerDied(Command, frozen=True, tag=40):
     cause: DeathCauseRecord
 
 
+class CreateGroup(Command, frozen=True, tag=50):
+    """A placement group. Answer: its id. The same owner may repeat it.
+
+    If it is not detached it ends with its job; one that was made in an actor which outlives the job, with that actor.
+    """
+
+    group_id: bytes
+    job_id: bytes
+    owner_worker_id: bytes | None
+    """The driver or worker that makes it; None for a detached group."""
+    owner_node_id: bytes
+    bundles: list[dict[str, float]]
+    strategy: str = "PACK"
+    name: str = ""
+    namespace: str = ""
+    detached: bool = False
+
+
+class GroupPlacing(Command, frozen=True, tag=51):
+    """The leader has chosen nodes for all bundles that have none. Only when this is committed are they asked.
+
+    `nodes`: by index of the bundle.
+    """
+
+    group_id: bytes
+    attempt: int
+    nodes: dict[int, bytes]
+
+
+class BundlesPrepared(Command, frozen=True, tag=52):
+    """The node holds the resources of all bundles of this attempt that were placed on it.
+
+    Answer other than success: they are not wanted, give them back.
+    """
+
+    group_id: bytes
+    attempt: int
+    node_id: bytes
+
+
+class BundlesRefused(Command, frozen=True, tag=53):
+    """The node can't hold them, and holds nothing of this attempt: other nodes are chosen."""
+
+    group_id: bytes
+    attempt: int
+    node_id: bytes
+    reason: str
+
+
+class BundlesCommitted(Command, frozen=True, tag=54):
+    """The node offers what it holds for this attempt. Answer other than success: it is not wanted, give it back."""
+
+    group_id: bytes
+    attempt: int
+    node_id: bytes
+
+
+class BundlesReturned(Command, frozen=True, tag=55):
+    """The node holds nothing of this attempt any more. Also the answer to each request to give something back."""
+
+    group_id: bytes
+    attempt: int
+    node_id: bytes
+    reason: str
+
+
+class RemoveGroup(Command, frozen=True, tag=56):
+    """The group is over; what runs in its bundles ends with them."""
+
+    group_id: bytes
+    reason: str = ""
+
+
+class GroupInfeasible(Command, frozen=True, tag=57):
+    """No set of live nodes could hold the group: it goes on waiting, and its record says for what."""
+
+    group_id: bytes
+    attempt: int
+    missing: str
+
+
 class ForgetClients(Command, frozen=True, tag=90):
     """These clients will never retry: their last results are dropped. What they send later is refused."""
 
@@ -201,9 +298,10 @@ class ForgetClients(Command, frozen=True, tag=90):
 
 
 AnyCommand = (
-    RegisterNode | MarkNodeDead | AddJob | FinishJob | KvPut | KvDelete
+    RegisterNode | MarkNodeDead | AddJob | FinishJob | KvPut | KvDelete | JobKvPut
     | RegisterActor | ActorPlacing | ActorAlive | ActorDied | ActorOutOfScope | KillActor | ActorUnplaced
-    | ActorUnschedulable | WorkerDied | ForgetClients
+    | ActorUnschedulable | WorkerDied | CreateGroup | GroupPlacing | BundlesPrepared | BundlesRefused
+    | BundlesCommitted | BundlesReturned | RemoveGroup | GroupInfeasible | ForgetClients
 )  # fmt: skip
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -232,6 +330,8 @@ def decode_command(data: bytes | memoryview) -> AnyCommand:
         )
     try:
         command: AnyCommand = _decode(view[1:])
+    except UnicodeDecodeError as error:
+        raise CommandError(f"a malformed command (a text in it is not UTF-8: {error})") from None
     except (msgspec.DecodeError, RecursionError) as error:
         raise _explained(view[1:], error) from None
     return command
@@ -255,6 +355,11 @@ def _tag(kind: type) -> int:
     tag = kind.__struct_config__.tag  # type: ignore[attr-defined]  # set by msgspec on each struct
     assert isinstance(tag, int)
     return tag
+
+
+def edition_of(command: AnyCommand) -> int:
+    """From which edition on a head can read it."""
+    return EDITIONS.get(_tag(type(command)), 1) if EDITIONS else 1
 
 
 COMMAND_NAMES: dict[int, str] = {_tag(kind): kind.__name__ for kind in AnyCommand.__args__}

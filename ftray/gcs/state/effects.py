@@ -1,7 +1,8 @@
 """What the managers want done: typed effects, carried out by the leader's shell.
 
 Role: pure data. `Submit` goes to the replica, everything else to a raylet or the log. Every effect may come again after
-a change of leader or a new link, so receivers tell repeats by actor and incarnation (or job, or node).
+a change of leader or a new link, so receivers tell repeats by actor and incarnation (or group and attempt, or job,
+or node).
 """
 
 from __future__ import annotations
@@ -69,4 +70,33 @@ class Probe(NamedTuple):
     endpoint: str
 
 
-Effect: TypeAlias = Submit | StartActor | StopActor | StopJob | ReportInfeasible | Probe
+class PrepareBundles(NamedTuple):
+    """To a raylet: hold these resources, by index of the bundle. Answers: BundlesPrepared or BundlesRefused."""
+
+    node_id: bytes
+    group_id: bytes
+    attempt: int
+    bundles: dict[int, dict[str, float]]
+
+
+class CommitBundles(NamedTuple):
+    """To a raylet: offer what you hold for this attempt. Answers: BundlesCommitted, or BundlesReturned if nothing."""
+
+    node_id: bytes
+    group_id: bytes
+    attempt: int
+
+
+class ReturnBundles(NamedTuple):
+    """To a raylet: give back what you hold for this attempt, end what runs in it, and answer BundlesReturned."""
+
+    node_id: bytes
+    group_id: bytes
+    attempt: int
+    reason: str
+
+
+Effect: TypeAlias = (
+    Submit | StartActor | StopActor | StopJob | ReportInfeasible | Probe
+    | PrepareBundles | CommitBundles | ReturnBundles
+)  # fmt: skip

@@ -74,6 +74,10 @@ class JournalLockedError(JournalError):
     """Another process has the journal open."""
 
 
+class JournalOpenError(JournalError):
+    """The operating system does not let the journal be opened or made: a matter of permissions, disks or paths."""
+
+
 class JournalWriteError(JournalError):
     """The journal could not be written. Nothing of the batch took effect; it may be tried again."""
 

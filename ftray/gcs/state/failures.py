@@ -1,6 +1,6 @@
-"""What a failure reaches: from a node, worker, owner, driver or job to the actors that end or are started again.
+"""What a failure reaches: from a node, worker, owner, driver or job to the actors and groups that end or begin anew.
 
-Role: pure, on the store. What a failure means for one actor is in `lifecycle.py`.
+Role: pure, on the store. What a failure means for one actor is in `lifecycle.py`, for a placement group in `groups.py`.
 
 Rules: one command carries the whole effect of a failure, so that no reader sees half of it and no leader can die in the
 middle of it. When an actor's process goes, what it owned goes with it, and so on down: `settle` works through that by
@@ -15,19 +15,45 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
-from ftray.gcs.state import lifecycle, packages
+from ftray.gcs.state import groups, lifecycle
 from ftray.gcs.state.commands import DeathCauseRecord
 from ftray.gcs.state.store import Store
 from ftray.gcs.state.tables import (
     ActorRecord,
     ActorState,
     DeathKind,
+    GroupRecord,
+    GroupState,
     JobRecord,
     JobState,
     Leftover,
     NodeRecord,
     NodeState,
 )
+
+CAUSE_CHARS_MAX = 2_000
+STDERR_CHARS_MAX = 8_000
+"""What is kept of a cause of death: thousands of them are, and a line of stderr may be a megabyte."""
+
+
+def shortened(cause: DeathCauseRecord) -> DeathCauseRecord:
+    """As much of a cause as is kept: of stderr the end."""
+    if (
+        len(cause.reason) <= CAUSE_CHARS_MAX
+        and len(cause.what) <= CAUSE_CHARS_MAX
+        and sum(map(len, cause.stderr_tail)) <= STDERR_CHARS_MAX
+    ):
+        return cause
+    left = STDERR_CHARS_MAX
+    tail: list[str] = []
+    for line in reversed(cause.stderr_tail):
+        if left <= 0:
+            break
+        tail.append(line[-left:])
+        left -= len(line)
+    return replace(
+        cause, reason=cause.reason[:CAUSE_CHARS_MAX], what=cause.what[:CAUSE_CHARS_MAX], stderr_tail=tail[::-1]
+    )
 
 
 def end_actor(
@@ -50,7 +76,7 @@ def end_actor(
             _doom(store, left.worker_id, cause)
         return
     own = replace(cause, reason=reason) if reason else cause
-    store.put(lifecycle.ended(actor, kind, own, _left(store, actor, graceful)))
+    _put(store, lifecycle.ended(actor, kind, own, _left(store, actor, graceful)), own)
     if not graceful and actor.state is ActorState.ALIVE:
         _doom(store, actor.worker_id, cause)
 
@@ -60,14 +86,14 @@ def fail_actor(
 ) -> None:
     """A placed or live actor failed: restarted if restarts are left, else ended."""
     left = None if process_gone else _left(store, actor, graceful=False)
-    store.put(lifecycle.failed(actor, kind, cause, left))
+    _put(store, lifecycle.failed(actor, kind, cause, left), cause)
     if actor.state is ActorState.ALIVE:
         _doom(store, actor.worker_id, cause)
 
 
 def end_life(store: Store, actor: ActorRecord, kind: DeathKind, cause: DeathCauseRecord) -> None:
     """The node says that nothing runs of the actor's present life, and that it must not be restarted."""
-    store.put(lifecycle.ended(actor, kind, cause, None))
+    _put(store, lifecycle.ended(actor, kind, cause, None), cause)
     if actor.state is ActorState.ALIVE:
         _doom(store, actor.worker_id, cause)
 
@@ -106,10 +132,27 @@ def node_gone(store: Store, node: NodeRecord, cause: DeathCauseRecord) -> None:
             store.put(lifecycle.unplaced(actor, cause))
         else:
             fail_actor(store, actor, DeathKind.NODE_DIED, cause, process_gone=True)
+    for group in store.groups_on(node.node_id):
+        left = groups.returned(group, node.node_id)
+        if any(bundle.node_id == node.node_id for bundle in left.bundles):
+            reason = f"node {node.node_id.hex()} died: {cause.reason}"
+            left = groups.lost(
+                left, lambda bundle: bundle.node_id == node.node_id, replace(cause, reason=reason), store.node_alive
+            )
+        store.put(left)
+
+
+def end_group(
+    store: Store, group: GroupRecord, kind: DeathKind, cause: DeathCauseRecord, *, reason: str = ""
+) -> None:
+    """Removes a live placement group. `reason` replaces that of `cause`."""
+    if group.state is not GroupState.REMOVED:
+        own = replace(cause, reason=reason) if reason else cause
+        store.put(groups.removed(group, kind, own, store.node_alive))
 
 
 def finish_job(store: Store, job: JobRecord, cause: DeathCauseRecord | None) -> None:
-    """Ends a job's actors, but for detached ones and what those own, directly or not."""
+    """Ends a job's actors and placement groups, but for detached ones and what detached actors own, directly or not."""
     if job.state is JobState.FINISHED:
         return
     store.put(replace(job, state=JobState.FINISHED, cause=cause))
@@ -123,11 +166,14 @@ def finish_job(store: Store, job: JobRecord, cause: DeathCauseRecord | None) -> 
                 if actor.state is ActorState.ALIVE:
                     owners.append(actor.worker_id)
     reason = "its job finished" if cause is None else f"its job finished because its driver died: {cause.reason}"
+    for group in store.groups_of_job(job.job_id):
+        maker = store.actors.get(group.owner_actor_id)
+        outlives = maker is not None and maker.state is not ActorState.DEAD and maker.actor_id in kept
+        if not group.detached and not outlives:
+            end_group(store, group, DeathKind.JOB_FINISHED, cause or DeathCauseRecord(), reason=reason)
     for actor in actors:
         if actor.actor_id not in kept:
             end_actor(store, actor, DeathKind.JOB_FINISHED, cause or DeathCauseRecord(), reason=reason)
-    if not any(actor.detached and actor.state is not ActorState.DEAD for actor in actors):
-        packages.job_finished(store, job.job_id)
 
 
 def settle(store: Store) -> None:
@@ -137,6 +183,17 @@ def settle(store: Store) -> None:
         reason = f"its owner, the worker {worker_id.hex()}, died: {cause.reason}"
         for actor in store.actors_owned_by(worker_id):
             end_actor(store, actor, DeathKind.OWNER_DIED, cause, reason=reason)
+
+
+def _put(store: Store, actor: ActorRecord, cause: DeathCauseRecord) -> None:
+    """Writes an actor that may have died: groups that were made in it and have outlived their job end with it."""
+    store.put(actor)
+    if actor.state is ActorState.DEAD:
+        for group in store.groups_made_in(actor.actor_id):
+            job = store.jobs.get(group.job_id)
+            if job is None or job.state is JobState.FINISHED:
+                reason = f"its job has finished, and actor {actor.actor_id.hex()}, which made it, died: {cause.reason}"
+                end_group(store, group, DeathKind.OWNER_DIED, cause, reason=reason)
 
 
 def _left(store: Store, actor: ActorRecord, graceful: bool) -> Leftover | None:

@@ -9,15 +9,22 @@ Checks against ended owners and nodes close the gap between a failure and what t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 from ftray.gcs.state import commands as c
-from ftray.gcs.state import failures, lifecycle
+from ftray.gcs.state import failures, job_keys, lifecycle, packages
+from ftray.gcs.state.checks import Refusal, Value
+from ftray.gcs.state.checks import because as _because
+from ftray.gcs.state.checks import check_id as _check_id
+from ftray.gcs.state.checks import check_name as _check_name
+from ftray.gcs.state.checks import check_owner as _check_owner
+from ftray.gcs.state.checks import check_resources as _check_resources
 from ftray.gcs.state.commands import DeathCauseRecord
+from ftray.gcs.state.group_handlers import GROUP_HANDLERS
 from ftray.gcs.state.store import Store
 from ftray.gcs.state.tables import (
+    JOB_ID_BYTES,
     ActorRecord,
     ActorState,
     Code,
@@ -32,22 +39,8 @@ from ftray.gcs.state.tables import (
     kv_key,
 )
 
-JOB_ID_BYTES = 4
-ID_BYTES = 16
-NAME_CHARS_MAX = 1_000
 KEY_BYTES_MAX = 64 << 10
 INCARNATION_MAX = (1 << 63) - 1
-
-Value = bytes | int | None
-
-
-class Refusal(Exception):
-    """The command changes nothing and is answered with this code and message."""
-
-    def __init__(self, code: Code, message: str) -> None:
-        super().__init__(message)
-        self.code = code
-        self.message = message
 
 
 # --- nodes ----------------------------------------------------------------------------------------------------------
@@ -153,6 +146,8 @@ def kv_put(store: Store, command: c.KvPut) -> Value:
     _check_name(command.namespace, "namespace")
     if not 1 <= len(command.key) <= KEY_BYTES_MAX:
         raise Refusal(Code.INVALID, f"a key of {len(command.key)} bytes: 1 to {KEY_BYTES_MAX} are allowed")
+    if command.namespace == packages.USERS:
+        _check_not_over(store, command.key[:JOB_ID_BYTES])
     old = store.kv.get(kv_key(command.namespace, command.key))
     if old is not None:
         if not command.overwrite:
@@ -170,11 +165,29 @@ def kv_delete(store: Store, command: c.KvDelete) -> Value:
         if key not in store.kv:
             return 0
         store.delete(Table.KV, key)
+        job_keys.deleted(store, key)
         return 1
     doomed = [each for each in store.kv if each.startswith(key)]
     for each in doomed:
         store.delete(Table.KV, each)
+    for each in doomed:
+        job_keys.deleted(store, each)
     return len(doomed)
+
+
+def job_kv_put(store: Store, command: c.JobKvPut) -> Value:
+    if command.job_id not in store.jobs:
+        raise Refusal(Code.NOT_FOUND, f"no job {command.job_id.hex()} is known")
+    _check_not_over(store, command.job_id)
+    value = kv_put(store, c.KvPut(command.namespace, command.key, command.value, command.overwrite))
+    job_keys.note(store, command.job_id, kv_key(command.namespace, command.key))
+    return value
+
+
+def _check_not_over(store: Store, job_id: bytes) -> None:
+    if job_keys.is_over(store, job_id):
+        job = store.jobs[job_id]
+        raise Refusal(Code.ENDED, f"job {job_id.hex()} has finished{_because(job.cause)}: nothing is kept for it")
 
 
 # --- actors ---------------------------------------------------------------------------------------------------------
@@ -361,36 +374,6 @@ def _check_may_own(store: Store, command: c.RegisterActor) -> None:
             raise Refusal(Code.ENDED, f"job {command.job_id.hex()} has finished{_because(job.cause)}")
 
 
-def _check_owner(store: Store, worker_id: bytes, node_id: bytes) -> None:
-    _check_id(worker_id, "owner_worker_id")
-    failure = store.worker_failures.get(worker_id)
-    if failure is not None:
-        raise Refusal(Code.OWNER_DIED, f"worker {worker_id.hex()} has died{_because(failure.cause)}")
-    if not store.node_alive(node_id):
-        where = f"node {node_id.hex()}, which is not a live member"
-        raise Refusal(Code.OWNER_DIED, f"worker {worker_id.hex()} is on {where}")
-
-
-def _check_id(value: bytes, name: str) -> None:
-    if len(value) != ID_BYTES:
-        raise Refusal(Code.INVALID, f"{name} has {len(value)} bytes instead of {ID_BYTES}")
-
-
-def _check_name(value: str, name: str) -> None:
-    if len(value) > NAME_CHARS_MAX or "\0" in value:
-        raise Refusal(Code.INVALID, f"the {name} has more than {NAME_CHARS_MAX} characters or contains NUL")
-
-
-def _check_resources(resources: dict[str, float]) -> None:
-    for name, amount in resources.items():
-        if not (math.isfinite(amount) and amount >= 0):
-            raise Refusal(Code.INVALID, f"resource {name!r} is {amount}: a finite number of 0 or more is needed")
-
-
-def _because(cause: DeathCauseRecord | None) -> str:
-    return f" ({cause.reason})" if cause is not None and cause.reason else ""
-
-
 HANDLERS: dict[type, Callable[[Store, Any], Value]] = {
     c.RegisterNode: register_node,
     c.MarkNodeDead: mark_node_dead,
@@ -400,6 +383,7 @@ HANDLERS: dict[type, Callable[[Store, Any], Value]] = {
     c.ActorUnschedulable: actor_unschedulable,
     c.KvPut: kv_put,
     c.KvDelete: kv_delete,
+    c.JobKvPut: job_kv_put,
     c.RegisterActor: register_actor,
     c.ActorPlacing: actor_placing,
     c.ActorAlive: actor_alive,
@@ -407,5 +391,6 @@ HANDLERS: dict[type, Callable[[Store, Any], Value]] = {
     c.ActorUnplaced: actor_unplaced,
     c.ActorOutOfScope: actor_out_of_scope,
     c.KillActor: kill_actor,
+    **GROUP_HANDLERS,
 }
 """All commands but ForgetClients, which is about sessions."""

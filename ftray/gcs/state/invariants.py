@@ -7,9 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ftray.gcs.state.groups import UNDECIDED, WAITING_GROUP, breaks_strategy
 from ftray.gcs.state.lifecycle import ON_NODE, WAITING
 from ftray.gcs.state.store import Store
-from ftray.gcs.state.tables import ActorRecord, ActorState, DeathKind, JobState
+from ftray.gcs.state.tables import (
+    ActorRecord,
+    ActorState,
+    BundleState,
+    DeathKind,
+    GroupRecord,
+    GroupState,
+    JobState,
+)
 
 
 def violations(store: Store) -> Iterator[str]:
@@ -51,6 +60,78 @@ def violations(store: Store) -> Iterator[str]:
                 yield f"job {job.job_id.hex()} runs, but its driver's node is not alive"
             if job.driver_worker_id in store.worker_failures:
                 yield f"job {job.job_id.hex()} runs, but its driver has died"
+    yield from _groups(store)
+
+
+def _groups(store: Store) -> Iterator[str]:
+    names: dict[tuple[str, str], bytes] = {}
+    for group in store.placement_groups.values():
+        who = f"placement group {group.group_id.hex()} ({group.state.name})"
+        yield from _bundles(store, group, who)
+        yield from _leftovers(store, group, who)
+        if group.state is GroupState.REMOVED:
+            if group.kind is DeathKind.NONE or group.cause is None:
+                yield f"{who} was removed for no reason"
+            continue
+        if group.name:
+            other = names.setdefault((group.namespace, group.name), group.group_id)
+            named = store.named_group(group.namespace, group.name)
+            if other != group.group_id:
+                yield f"{who} has the same name as {other.hex()}"
+            if named is None or named.group_id != other:
+                yield f"the name of {who} does not lead to it"
+        if group.detached != (group.owner_worker_id is None):
+            yield f"{who} must be detached or have an owner"
+        if not group.detached:
+            job, maker = store.jobs.get(group.job_id), store.actors.get(group.owner_actor_id)
+            if (job is None or job.state is JobState.FINISHED) and (maker is None or maker.state is ActorState.DEAD):
+                yield f"{who} outlives its job, and is neither detached nor made in an actor that lives"
+
+
+def _bundles(store: Store, group: GroupRecord, who: str) -> Iterator[str]:
+    """What the states of the bundles, and that of the group, say of each other."""
+    states = {bundle.state for bundle in group.bundles}
+    for index, bundle in enumerate(group.bundles):
+        if (bundle.state is BundleState.UNPLACED) == bool(bundle.node_id):
+            yield f"bundle {index} of {who} is {bundle.state.name} with the node {bundle.node_id.hex() or 'nobody'}"
+        if bundle.node_id and not store.node_alive(bundle.node_id):
+            yield f"bundle {index} of {who} is on a node that is not alive"
+        if bundle.attempt > group.attempt or (bundle.state in UNDECIDED and bundle.attempt != group.attempt):
+            yield f"bundle {index} of {who} is of attempt {bundle.attempt}, the group at {group.attempt}"
+    nodes = [bundle.node_id for bundle in group.bundles if bundle.node_id]
+    wrong = breaks_strategy(group.strategy, nodes)
+    if wrong:
+        yield f"{who}: {wrong}"
+    unplaced, undecided = BundleState.UNPLACED in states, bool(states.intersection(UNDECIDED))
+    committing = BundleState.COMMITTING in states
+    sound = {
+        GroupState.PENDING: states == {BundleState.UNPLACED} and not group.made,
+        GroupState.PREPARING: BundleState.PREPARING in states
+        and not unplaced
+        and (group.made or states.issubset(UNDECIDED)),
+        GroupState.COMMITTING: committing and not unplaced and not undecided and group.made,
+        GroupState.CREATED: states == {BundleState.COMMITTED} and group.made,
+        GroupState.RESCHEDULING: unplaced and not undecided and group.made,
+        GroupState.REMOVED: states.issubset({BundleState.UNPLACED}),
+    }
+    if not sound[group.state]:
+        yield f"{who} has bundles that are {', '.join(sorted(state.name for state in states))}"
+    if group.missing and group.state not in WAITING_GROUP:
+        yield f"{who} says what it waits for, and does not wait"
+
+
+def _leftovers(store: Store, group: GroupRecord, who: str) -> Iterator[str]:
+    seen: set[tuple[bytes, int]] = set()
+    for left in group.leftovers:
+        if not store.node_alive(left.node_id):
+            yield f"{who} is to be given back by a node that is not alive"
+        if left.attempt >= group.attempt:
+            yield f"{who} has a leftover of its present attempt"
+        if (left.node_id, left.attempt) in seen or not left.indices:
+            yield f"{who} has a leftover twice, or one of nothing"
+        seen.add((left.node_id, left.attempt))
+    if group.leftovers and group.state is GroupState.PREPARING:
+        yield f"{who} was placed while a node has to give back what it holds of an earlier attempt"
 
 
 def _live(store: Store, actor: ActorRecord, who: str) -> Iterator[str]:

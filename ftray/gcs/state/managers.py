@@ -24,6 +24,8 @@ from ftray.gcs.state.tables import (
     ActorRecord,
     ActorState,
     Change,
+    GroupRecord,
+    GroupState,
     JobRecord,
     JobState,
     NodeRecord,
@@ -31,6 +33,7 @@ from ftray.gcs.state.tables import (
     Result,
     Table,
 )
+from ftray.ids import group_of_resource
 
 INFEASIBLE_AFTER_MS = 2_000
 SHORT_LIFE_MS = 300
@@ -74,7 +77,9 @@ class _Watched:
 class ActorManager:
     """Places actors, has them started and stopped."""
 
-    __slots__ = ("_dirty", "_infeasible_after_ms", "_placement", "_queued", "_room", "_waiting", "_watched")
+    __slots__ = (
+        "_dirty", "_infeasible_after_ms", "_placement", "_queued", "_room", "_seen", "_waiting", "_watched",
+    )  # fmt: skip
 
     def __init__(self, state: GcsState, *, infeasible_after_ms: float = INFEASIBLE_AFTER_MS) -> None:
         self._infeasible_after_ms = infeasible_after_ms
@@ -85,11 +90,18 @@ class ActorManager:
         """Actors for which there was no room, or whose restart is delayed."""
         self._room = False
         """There may be more room than when those in `_waiting` were looked at."""
+        self._seen = 0
+        """The `changes` of the placement by then: bundles share it."""
         self._queued: list[Effect] = []
         for node in state.store.nodes.values():
             self._see_node(node.node_id, node)
         for actor in state.store.actors.values():
             self._see_actor(actor.actor_id, actor)
+
+    @property
+    def placement(self) -> Placement:
+        """What is held where; `GroupManager` shares it."""
+        return self._placement
 
     # --- events ------------------------------------------------------------------------------------------------------
 
@@ -102,6 +114,8 @@ class ActorManager:
             elif change.table is Table.NODES:
                 assert change.record is None or isinstance(change.record, NodeRecord)
                 self._see_node(change.key, change.record)
+            elif isinstance(change.record, GroupRecord) and change.record.state is GroupState.REMOVED:
+                self._room = True  # who waits for it to be placed waits in vain
 
     def on_load(self, node_id: bytes, available: Mapping[str, float]) -> None:
         """A node's report of what is free there (heartbeat). Ranks nodes, and is forgotten with the leader."""
@@ -195,9 +209,10 @@ class ActorManager:
         effects, self._queued = self._queued, []
         no_room: set[tuple[tuple[str, int], ...]] = set()
         look_at: dict[bytes, None] = {}
-        if self._waiting and (self._room or self._is_due(now_ms)):
+        room = self._room or self._placement.changes != self._seen
+        if self._waiting and (room or self._is_due(now_ms)):
             look_at.update(self._waiting)
-        self._room = False
+        self._room, self._seen = False, self._placement.changes
         look_at.update(self._dirty)
         self._dirty.clear()
         for actor_id in look_at:
@@ -211,7 +226,7 @@ class ActorManager:
             watched = self._watched.get(actor_id)
             if watched is None:
                 watched = self._watched[actor_id] = _Watched()
-            self._look_at(actor, watched, now_ms, effects, no_room)
+            self._look_at(state, actor, watched, now_ms, effects, no_room)
         return effects
 
     def next_wake_ms(self) -> float | None:
@@ -237,6 +252,7 @@ class ActorManager:
 
     def _look_at(
         self,
+        state: GcsState,
         actor: ActorRecord,
         watched: _Watched,
         now_ms: float,
@@ -253,7 +269,7 @@ class ActorManager:
             watched.reason = "waits until the process of its last life is gone" if actor.state in WAITING else ""
         elif actor.state in WAITING:
             if watched.proposed != actor.incarnation:
-                self._place(actor, watched, now_ms, effects, no_room)
+                self._place(state, actor, watched, now_ms, effects, no_room)
             return
         elif actor.state is ActorState.PLACING:
             watched.reason = "is being started"
@@ -280,6 +296,7 @@ class ActorManager:
 
     def _place(
         self,
+        state: GcsState,
         actor: ActorRecord,
         watched: _Watched,
         now_ms: float,
@@ -288,6 +305,7 @@ class ActorManager:
     ) -> None:
         if watched.waits != actor.incarnation:
             watched.waits = actor.incarnation
+            watched.told.clear()  # of earlier lives: an actor whose constructor fails has many
             watched.due_ms = self._due_ms(actor, watched, now_ms)
         if watched.due_ms > now_ms:
             watched.reason = f"failed {watched.short_lives} times right after its start: the next start is delayed"
@@ -307,9 +325,20 @@ class ActorManager:
         no_room.add(shape)
         self._waiting[actor.actor_id] = None
         missing = self._placement.missing(asked)
+        group_id = next((found for name in asked if (found := group_of_resource(name))), None) if missing else None
+        if group_id is not None:
+            group = state.group(group_id)
+            if group is None or group.state is GroupState.REMOVED:
+                missing = f"its placement group {group_id.hex()} has been removed"
+            elif group.state is not GroupState.CREATED:
+                watched.infeasible_ms, watched.reported = None, False
+                watched.reason = f"waits until its placement group {group_id.hex()} is there" + (
+                    f", which can't be placed: {group.missing}" if group.missing else ""
+                )
+                return
         if not missing:
             watched.infeasible_ms, watched.reported = None, False
-            watched.reason = "waits until other actors give back resources"
+            watched.reason = "waits until other actors or placement groups give back resources"
             return
         watched.reason = missing
         if watched.infeasible_ms is None:

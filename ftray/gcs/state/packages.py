@@ -5,7 +5,8 @@ Role: pure. A package lies under its digest (a manifest) and under its digest an
 without packages costs nothing, and one for the job and the digest. Only then does it look whether the package is there;
 so one that it finds stays.
 
-Rule: a job whose detached actors live on keeps its packages, for their restarts on other nodes.
+Rule: a job whose detached actors live on keeps its packages, for their restarts on other nodes, until the last of them
+is dead (`job_keys.py`). A part that an ended job's worker still brings has no user, and goes with the next job's end.
 
 Rejected: a count in the manifest (a job that repeats itself would count twice); an end by age (programs run longer).
 """
@@ -20,24 +21,22 @@ USERS = "runtime-env-users"
 DIGEST_BYTES = 16
 
 
-def job_finished(store: Store, job_id: bytes) -> None:
-    """Deletes what the job alone has used."""
+def job_over(store: Store, job_id: bytes) -> None:
+    """Deletes what the job alone has used, and what nobody uses."""
     mark = kv_key(USERS, job_id)
     if mark not in store.kv:
         return
     users, packages = kv_key(USERS, b""), kv_key(PACKAGES, b"")
-    mine: set[bytes] = set()
     others: set[bytes] = set()
     parts: list[tuple[bytes, bytes]] = []
     doomed = []
     for key in store.kv:
         if key.startswith(mark):
             doomed.append(key)
-            mine.add(key[len(mark) :])
         elif key.startswith(users):
             others.add(key[-DIGEST_BYTES:])
         elif key.startswith(packages):
             parts.append((key[len(packages) : len(packages) + DIGEST_BYTES], key))
-    doomed += [key for digest, key in parts if digest in mine and digest not in others]
+    doomed += [key for digest, key in parts if digest not in others]
     for key in sorted(doomed):
         store.delete(Table.KV, key)

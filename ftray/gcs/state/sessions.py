@@ -4,6 +4,11 @@ Role: pure. A client draws its id anew when its process starts (workers and driv
 commands upwards, and has one in flight: it retries with the same number until it has a result, whichever replica
 gives it. So one result for each client is enough.
 
+A result is given only for the command that it is of: beside it a checksum of the command is kept. Somebody who uses the
+id and the number of another client, with another command, is refused, and changes nothing. (Ids are drawn at random and
+never repeated, so that is a program that copies them. One who goes ahead of the true client's numbers takes its place,
+and the true one is told that it is stale: its commands are refused, never answered with what another one did.)
+
 Rules: a client is forgotten when its process is known to be dead, by ForgetClients, or as the one that was silent for
 the most commands when there are more than `CLIENTS_MAX`. A forgotten client's id stays barred (the latest
 `FORGOTTEN_MAX` of them), because a copy of a command that is still under way would otherwise take effect a second time.
@@ -14,14 +19,21 @@ process that starts); keeping all results since the last acknowledged one (unbou
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable
 
 from ftray.gcs.state.tables import Code, Result
 
 CLIENTS_MAX = 100_000
-FORGOTTEN_MAX = 100_000
+FORGOTTEN_MAX = 20_000
+"""A copy of a command is under way for seconds, or minutes if the network was cut."""
 CLIENT_ID_BYTES_MAX = 64
 SEQUENCE_MAX = (1 << 63) - 1
+
+
+def checksum_of(command: bytes) -> int:
+    """The checksum of a command's bytes; never 0."""
+    return zlib.crc32(command) or 1
 
 
 class Sessions:
@@ -30,11 +42,11 @@ class Sessions:
     __slots__ = ("forgotten", "last")
 
     def __init__(self) -> None:
-        self.last: dict[bytes, tuple[int, Result]] = {}
-        """In the order of the clients' last commands, the most silent client first."""
+        self.last: dict[bytes, tuple[int, Result, int]] = {}
+        """Number, result and checksum of the last command (0: not known), the most silent client first."""
         self.forgotten: dict[bytes, None] = {}
 
-    def recall(self, client_id: bytes, sequence: int, revision: int) -> Result | None:
+    def recall(self, client_id: bytes, sequence: int, revision: int, checksum: int = 0) -> Result | None:
         """The answer to a command that must not be applied (again); None if it is new."""
         if not 1 <= len(client_id) <= CLIENT_ID_BYTES_MAX or not 0 <= sequence <= SEQUENCE_MAX:
             return Result(
@@ -48,6 +60,13 @@ class Sessions:
             if sequence > known[0]:
                 return None
             if sequence == known[0]:
+                if checksum and known[2] and checksum != known[2]:
+                    return Result(
+                        Code.STALE,
+                        f"client {client_id.hex()} has used the sequence number {sequence} for another command: two "
+                        "processes use the same client id. This command was not carried out; take a new client id",
+                        revision,
+                    )
                 return known[1]
             return Result(
                 Code.STALE,
@@ -64,9 +83,9 @@ class Sessions:
             )
         return None
 
-    def record(self, client_id: bytes, sequence: int, result: Result) -> None:
+    def record(self, client_id: bytes, sequence: int, result: Result, checksum: int = 0) -> None:
         self.last.pop(client_id, None)
-        self.last[client_id] = (sequence, result)
+        self.last[client_id] = (sequence, result, checksum)
         if len(self.last) > CLIENTS_MAX:
             self.forget([next(iter(self.last))])
 

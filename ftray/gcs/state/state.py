@@ -21,21 +21,38 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Final
 
-from ftray.gcs.state import invariants
-from ftray.gcs.state.commands import AnyCommand, FinishJob, ForgetClients, KvPut, RegisterActor, WorkerDied
-from ftray.gcs.state.failures import settle
-from ftray.gcs.state.handlers import HANDLERS, Refusal, Value
+from msgspec.structs import replace
+
+from ftray.gcs.state import invariants, job_keys
+from ftray.gcs.state.checks import Refusal, Value
+from ftray.gcs.state.commands import AnyCommand, FinishJob, ForgetClients, JobKvPut, KvPut, RegisterActor, WorkerDied
+from ftray.gcs.state.failures import settle, shortened
+from ftray.gcs.state.handlers import HANDLERS
 from ftray.gcs.state.lifecycle import IllegalTransition
 from ftray.gcs.state.sessions import Sessions
-from ftray.gcs.state.snapshot import decode_snapshot, encode_snapshot
+from ftray.gcs.state.snapshot import Picture, decode_snapshot, encode_snapshot
 from ftray.gcs.state.store import Store
-from ftray.gcs.state.tables import ActorRecord, Change, Code, KvRecord, NodeRecord, Result, Table, kv_key
+from ftray.gcs.state.tables import (
+    ActorRecord,
+    Change,
+    Code,
+    GroupRecord,
+    KvRecord,
+    NodeRecord,
+    Result,
+    Table,
+    kv_key,
+)
 
 VALUE_BYTES_MAX = 64 << 20
 RING_CHANGES_MAX = 20_000
 RING_BYTES_MAX = 64 << 20
+REST_BYTES_MAX = 1 << 20
+"""The largest command, its value not counted."""
 CHANGE_BYTES = 500
 """What a change is taken to weigh, beside the values in it."""
+BUNDLE_BYTES = 300
+"""The same for each bundle of a placement group."""
 
 
 class _Compacted(enum.Enum):
@@ -46,18 +63,25 @@ COMPACTED: Final = _Compacted.COMPACTED
 """The changes asked for are not all there any more: start from the tables."""
 
 
-def admit(command: AnyCommand, value_bytes_max: int = VALUE_BYTES_MAX) -> str | None:
-    """Why a command is too large to be accepted, or None.
+def admit(command: AnyCommand, value_bytes_max: int = VALUE_BYTES_MAX, command_bytes: int = 0) -> str | None:
+    """Why a command, which takes `command_bytes` in all, is too large to be accepted, or None.
 
     Asked by the replica before the command is written: a limit that differed between replicas must not decide inside
     `apply`. A command refused so has not used up its sequence number.
     """
-    if isinstance(command, KvPut) and len(command.value) > value_bytes_max:
-        size, what = len(command.value), f"the value of key {command.key[:80]!r} (namespace {command.namespace!r})"
+    if isinstance(command, (KvPut, JobKvPut)) and len(command.value) > value_bytes_max:
+        size, what = len(command.value), f"the value of key {command.key[:80]!r} (namespace {command.namespace[:80]!r})"
     elif isinstance(command, RegisterActor) and len(command.creation) > value_bytes_max:
-        size, what = len(command.creation), f"the class and arguments of actor {command.class_name}"
+        size, what = len(command.creation), f"the class and arguments of actor {command.class_name[:80]}"
     else:
-        return None
+        value = command.value if isinstance(command, KvPut) else getattr(command, "creation", b"")
+        rest_bytes = command_bytes - len(value)
+        if rest_bytes <= REST_BYTES_MAX:
+            return None
+        return (
+            f"a command ({type(command).__name__}) of {rest_bytes} bytes beside its value, more than the limit of "
+            f"{REST_BYTES_MAX}: names, labels, resources and reports of errors must be shorter"
+        )
     return (
         f"{what} takes {size} bytes, more than the limit of {value_bytes_max} (value_bytes_max): "
         "pass large data by ftray.put and a reference"
@@ -85,24 +109,24 @@ class GcsState:
 
     # --- writing -----------------------------------------------------------------------------------------------------
 
-    def apply(self, client_id: bytes, sequence: int, command: AnyCommand) -> Result:
+    def apply(self, client_id: bytes, sequence: int, command: AnyCommand, checksum: int = 0) -> Result:
         """Carries out a command once, and says what became of it.
 
         With an empty `client_id` there is no session: for commands that are harmless when repeated, as those of the
-        managers are (each names an incarnation).
+        managers are (each names an incarnation). `checksum` is that of the command's bytes; 0: it is not compared.
         """
         if client_id:
-            known = self.sessions.recall(client_id, sequence, self.revision)
+            known = self.sessions.recall(client_id, sequence, self.revision, checksum)
             if known is not None:
                 return known
         result = self._apply(client_id, command)
         if client_id:
-            self.sessions.record(client_id, sequence, result)
+            self.sessions.record(client_id, sequence, result, checksum)
         return result
 
-    def recall(self, client_id: bytes, sequence: int) -> Result | None:
+    def recall(self, client_id: bytes, sequence: int, checksum: int = 0) -> Result | None:
         """What `apply` would answer without looking at the command (a repeat, a stale or expired client), or None."""
-        return self.sessions.recall(client_id, sequence, self.revision) if client_id else None
+        return self.sessions.recall(client_id, sequence, self.revision, checksum) if client_id else None
 
     def _apply(self, client_id: bytes, command: AnyCommand) -> Result:
         store = self.store
@@ -111,8 +135,12 @@ class GcsState:
             if isinstance(command, ForgetClients):
                 value = self.sessions.forget(each for each in command.client_ids if each != client_id)
             else:
+                cause = getattr(command, "cause", None)
+                if cause is not None:
+                    command = replace(command, cause=shortened(cause))
                 value = HANDLERS[type(command)](store, command)
                 settle(store)
+                job_keys.clean_up(store)
                 store.evict()
         except Refusal as refusal:
             store.roll_back()
@@ -189,6 +217,13 @@ class GcsState:
         """The live actor of that name."""
         return self.store.named_actor(namespace, name)
 
+    def group(self, group_id: bytes) -> GroupRecord | None:
+        return self.store.placement_groups.get(group_id)
+
+    def named_group(self, namespace: str, name: str) -> GroupRecord | None:
+        """The live placement group of that name."""
+        return self.store.named_group(namespace, name)
+
     def node(self, node_id: bytes) -> NodeRecord | None:
         return self.store.nodes.get(node_id)
 
@@ -207,6 +242,10 @@ class GcsState:
     def snapshot(self) -> bytes:
         """The whole state with checksum, version and cluster id. Equal states give equal bytes."""
         return encode_snapshot(self.cluster_id, self.revision, self.store, self.sessions)
+
+    def picture(self) -> Picture:
+        """The same, to be read piece by piece while this state goes on."""
+        return Picture(self.cluster_id, self.revision, self.store, self.sessions)
 
     @classmethod
     def restore(cls, data: bytes | memoryview, cluster_id: bytes) -> GcsState:
@@ -230,4 +269,6 @@ def _weight(change: Change) -> int:
         return CHANGE_BYTES + len(record.value)
     if isinstance(record, ActorRecord):
         return CHANGE_BYTES + len(record.creation)
+    if isinstance(record, GroupRecord):
+        return CHANGE_BYTES + BUNDLE_BYTES * len(record.bundles)
     return CHANGE_BYTES

@@ -7,7 +7,8 @@ Rules: nothing may be iterated whose order depends on the process (sets of bytes
 replicas would then differ: what comes out of an index is sorted, tables and the orders of `ended` are dictionaries.
 
 Ended records are kept for those who ask why, the latest of each table up to `ENDED_MAX`; an actor with a leftover
-process is not counted as ended yet.
+process is not counted as ended yet, nor is a finished job of which actors live on, nor a removed placement group while
+nodes have to give something of it back.
 
 Rejected: copying the tables before each command (the cost grows with the cluster); scans instead of indices (a node's
 death would cost a pass over all actors).
@@ -19,11 +20,16 @@ from collections.abc import Iterator
 from typing import TypeVar
 
 from ftray.gcs.state.commands import DeathCauseRecord
+from ftray.gcs.state.groups import nodes_of
 from ftray.gcs.state.lifecycle import ON_NODE
 from ftray.gcs.state.tables import (
+    JOB_ID_BYTES,
+    JOB_KEYS,
     ActorRecord,
     ActorState,
     Change,
+    GroupRecord,
+    GroupState,
     JobRecord,
     JobState,
     KvRecord,
@@ -40,6 +46,7 @@ ENDED_MAX: dict[Table, int] = {
     Table.JOBS: 1_000,
     Table.ACTORS: 10_000,
     Table.WORKER_FAILURES: 1_000,
+    Table.PLACEMENT_GROUPS: 1_000,
 }
 """How many ended records are kept. Part of the state machine: all replicas must agree."""
 
@@ -50,7 +57,9 @@ R = TypeVar("R", bound=Record)
 class Store:
     """Tables, indices, and the changes of the command at work."""
 
-    __slots__ = ("nodes", "jobs", "actors", "kv", "worker_failures", "ended", "doomed", "_index", "_undo")
+    __slots__ = (
+        "nodes", "jobs", "actors", "kv", "worker_failures", "placement_groups", "ended", "doomed", "_index", "_undo",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.nodes: dict[bytes, NodeRecord] = {}
@@ -58,6 +67,7 @@ class Store:
         self.actors: dict[bytes, ActorRecord] = {}
         self.kv: dict[bytes, KvRecord] = {}
         self.worker_failures: dict[bytes, WorkerFailureRecord] = {}
+        self.placement_groups: dict[bytes, GroupRecord] = {}
         self.ended: dict[Table, dict[bytes, None]] = {table: {} for table in ENDED_MAX}
         """Ended records of each table, oldest first."""
         self.doomed: list[tuple[bytes, DeathCauseRecord]] = []
@@ -95,15 +105,27 @@ class Store:
                     members.discard(key)
                     if not members:
                         del self._index[index_key]
+                        self._let_go(index_key)
             for index_key in after:
                 if index_key not in before:
                     self._index.setdefault(index_key, set()).add(key)
+                    self._let_go(index_key)
         if table in ENDED_MAX:
-            if record is not None and _is_ended(record):
-                self.ended[table].setdefault(key)
-            else:
-                self.ended[table].pop(key, None)
+            self._note_ended(table, key, record)
         return old
+
+    def _note_ended(self, table: Table, key: bytes, record: Record | None) -> None:
+        held = table is Table.JOBS and ("job", key) in self._index
+        if record is not None and _is_ended(record) and not held:
+            self.ended[table].setdefault(key)
+        else:
+            self.ended[table].pop(key, None)
+
+    def _let_go(self, index_key: IndexKey) -> None:
+        """A finished job is kept while it has actors; these have come or gone."""
+        job_id = index_key[1]
+        if index_key[0] == "job" and isinstance(job_id, bytes):
+            self._note_ended(Table.JOBS, job_id, self.jobs.get(job_id))
 
     def evict(self) -> None:
         """Lets go of the oldest ended records beyond the limits."""
@@ -124,6 +146,10 @@ class Store:
             last[table, key] = record
         self._undo.clear()
         return [Change(revision, table, key, record) for (table, key), record in last.items()]
+
+    def touched(self) -> list[tuple[Table, bytes, Record | None]]:
+        """What the command at work has written so far, and what was there before each time."""
+        return [(table, key, old) for table, key, old, _ in self._undo]
 
     def roll_back(self) -> None:
         """Undoes the command at work."""
@@ -158,6 +184,17 @@ class Store:
         """Actors of the job that live, or whose last process may."""
         return self._actors(("job", job_id))
 
+    def job_has_live_actors(self, job_id: bytes) -> bool:
+        return any(self.actors[key].state is not ActorState.DEAD for key in self._index.get(("job", job_id), ()))
+
+    def notes_of_job(self, job_id: bytes) -> list[bytes]:
+        """Entries of `JOB_KEYS` of this job."""
+        return sorted(self._index.get(("notes_of_job", job_id), ()))
+
+    def notes_of_key(self, key: bytes) -> list[bytes]:
+        """Entries of `JOB_KEYS` about this key."""
+        return sorted(self._index.get(("notes_of_key", key), ()))
+
     def actors_owned_by(self, worker_id: bytes) -> list[ActorRecord]:
         """Live actors that end when this worker does."""
         return self._actors(("owner", worker_id))
@@ -183,6 +220,24 @@ class Store:
             return self.actors[actor_id]
         return None
 
+    def named_group(self, namespace: str, name: str) -> GroupRecord | None:
+        """The live placement group of that name."""
+        for group_id in self._index.get(("group_name", namespace, name), ()):
+            return self.placement_groups[group_id]
+        return None
+
+    def groups_of_job(self, job_id: bytes) -> list[GroupRecord]:
+        """Live placement groups of the job."""
+        return self._groups(("group_job", job_id))
+
+    def groups_made_in(self, actor_id: bytes) -> list[GroupRecord]:
+        """Live placement groups, but for detached ones, that were made in this actor."""
+        return self._groups(("group_actor", actor_id))
+
+    def groups_on(self, node_id: bytes) -> list[GroupRecord]:
+        """Placement groups with bundles on the node, or of which it may still hold some."""
+        return self._groups(("group_node", node_id))
+
     def jobs_driven_by(self, worker_id: bytes) -> list[JobRecord]:
         """Running jobs of this driver."""
         return [self.jobs[key] for key in sorted(self._index.get(("driver", worker_id), ()))]
@@ -192,6 +247,9 @@ class Store:
 
     def _actors(self, index_key: IndexKey) -> list[ActorRecord]:
         return [self.actors[key] for key in sorted(self._index.get(index_key, ()))]
+
+    def _groups(self, index_key: IndexKey) -> list[GroupRecord]:
+        return [self.placement_groups[key] for key in sorted(self._index.get(index_key, ()))]
 
     def index_faults(self) -> Iterator[str]:
         """Differences between the indices and the tables (there must be none)."""
@@ -220,6 +278,8 @@ def _place(record: Record) -> tuple[Table, bytes]:
             return Table.JOBS, record.job_id
         case WorkerFailureRecord():
             return Table.WORKER_FAILURES, record.worker_id
+        case GroupRecord():
+            return Table.PLACEMENT_GROUPS, record.group_id
 
 
 def _is_ended(record: Record) -> bool:
@@ -230,6 +290,8 @@ def _is_ended(record: Record) -> bool:
             return record.state is NodeState.DEAD
         case JobRecord():
             return record.state is JobState.FINISHED
+        case GroupRecord():
+            return record.state is GroupState.REMOVED and not record.leftovers
         case WorkerFailureRecord():
             return True
         case KvRecord():
@@ -255,6 +317,18 @@ def _index_keys(record: Record) -> tuple[IndexKey, ...]:
             keys.append(("left_node", record.leftover.node_id))
             if record.leftover.worker_id:
                 keys.append(("left_worker", record.leftover.worker_id))
+    elif isinstance(record, KvRecord) and record.namespace == JOB_KEYS:
+        keys.append(("notes_of_job", record.key[:JOB_ID_BYTES]))
+        keys.append(("notes_of_key", record.key[JOB_ID_BYTES:]))
+    elif isinstance(record, GroupRecord):
+        if record.state is not GroupState.REMOVED:
+            keys.append(("group_job", record.job_id))
+            if record.name:
+                keys.append(("group_name", record.namespace, record.name))
+            if record.owner_actor_id:
+                keys.append(("group_actor", record.owner_actor_id))
+        nodes = dict.fromkeys([*nodes_of(record), *(left.node_id for left in record.leftovers)])
+        keys += [("group_node", node_id) for node_id in nodes]
     elif isinstance(record, JobRecord) and record.state is JobState.RUNNING:
         keys.append(("driver", record.driver_worker_id))
         keys.append(("driver_node", record.node_id))

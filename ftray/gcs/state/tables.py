@@ -24,6 +24,7 @@ class Table(enum.StrEnum):
     ACTORS = "actors"
     KV = "kv"
     WORKER_FAILURES = "worker_failures"
+    PLACEMENT_GROUPS = "placement_groups"
 
 
 class Code(enum.StrEnum):
@@ -80,8 +81,47 @@ class ActorState(enum.IntEnum):
     DEAD = 5
 
 
+class Strategy(enum.StrEnum):
+    """How the bundles of a placement group are to lie."""
+
+    PACK = "PACK"
+    """On as few nodes as possible."""
+    SPREAD = "SPREAD"
+    """On as many nodes as possible."""
+    STRICT_PACK = "STRICT_PACK"
+    """All on one node, or not at all."""
+    STRICT_SPREAD = "STRICT_SPREAD"
+    """Each on another node, or not at all."""
+
+
+class GroupState(enum.IntEnum):
+    """See `groups.TRANSITIONS`."""
+
+    PENDING = 1
+    """To be placed; nothing is held for it."""
+    PREPARING = 2
+    """Nodes have been chosen for all bundles that had none, and are to hold their resources."""
+    COMMITTING = 3
+    """All nodes hold them, so the group is made: they are to offer them."""
+    CREATED = 4
+    RESCHEDULING = 5
+    """Was made, has lost bundles, which are to be placed again; the others stay."""
+    REMOVED = 6
+
+
+class BundleState(enum.IntEnum):
+    UNPLACED = 1
+    PREPARING = 2
+    """Its node is to hold its resources."""
+    PREPARED = 3
+    """Its node has said that it holds them."""
+    COMMITTING = 4
+    """All have: its node is to offer them."""
+    COMMITTED = 5
+
+
 class DeathKind(enum.StrEnum):
-    """Why an actor ended, or failed last."""
+    """Why an actor ended, or failed last; why a placement group was removed."""
 
     NONE = ""
     CREATION_FAILED = "creation_failed"
@@ -94,6 +134,8 @@ class DeathKind(enum.StrEnum):
     UNSCHEDULABLE = "unschedulable"
     EXITED = "exited"
     """Left of its own will."""
+    REMOVED = "removed"
+    """A placement group, by request."""
 
 
 class NodeRecord(msgspec.Struct, array_like=True, frozen=True, tag=1):
@@ -176,7 +218,58 @@ class WorkerFailureRecord(msgspec.Struct, array_like=True, frozen=True, tag=5):
     cause: DeathCauseRecord
 
 
-Record: TypeAlias = NodeRecord | JobRecord | ActorRecord | KvRecord | WorkerFailureRecord
+class Bundle(msgspec.Struct, array_like=True, frozen=True):
+    """Resources of a placement group that lie on one node."""
+
+    resources: dict[str, float]
+    state: BundleState = BundleState.UNPLACED
+    node_id: bytes = b""
+    attempt: int = 0
+    """In which attempt it was placed there: what is said of others does not count."""
+
+
+class Reservation(msgspec.Struct, array_like=True, frozen=True):
+    """What a live node may still hold for bundles that are not there any more, and must give back.
+
+    It goes when the node says that it holds nothing of the attempt (`BundlesReturned`, `BundlesRefused`) or is declared
+    dead. While it is there no bundle of the group is placed: two reservations of one bundle never overlap.
+    """
+
+    node_id: bytes
+    attempt: int
+    indices: list[int]
+    """Which bundles."""
+
+
+class GroupRecord(msgspec.Struct, array_like=True, frozen=True, tag=6):
+    """A placement group."""
+
+    group_id: bytes
+    job_id: bytes
+    owner_worker_id: bytes | None
+    """The driver or worker that made it, which is not needed any more; None if it is detached."""
+    owner_node_id: bytes
+    name: str
+    namespace: str
+    strategy: Strategy
+    detached: bool
+    bundles: list[Bundle]
+    state: GroupState = GroupState.PENDING
+    attempt: int = 0
+    """Of the present or next placing; raised whenever bundles are given up or lost."""
+    made: bool = False
+    """All its bundles were prepared once. Before that they are placed all or none, later each that is lost."""
+    kind: DeathKind = DeathKind.NONE
+    cause: DeathCauseRecord | None = None
+    """Why the last attempt failed, bundles were lost, or it was removed."""
+    missing: str = ""
+    """What no set of live nodes could give it; it waits for other nodes."""
+    leftovers: list[Reservation] = []
+    owner_actor_id: bytes = b""
+    """The actor in which it was made, with which it ends if that outlives the job."""
+
+
+Record: TypeAlias = NodeRecord | JobRecord | ActorRecord | KvRecord | WorkerFailureRecord | GroupRecord
 
 
 class Change(msgspec.Struct, array_like=True, frozen=True):
@@ -199,6 +292,11 @@ class Result(msgspec.Struct, array_like=True, frozen=True):
     @property
     def ok(self) -> bool:
         return self.code is Code.OK
+
+
+JOB_KEYS = "job-keys"
+"""The key-value namespace that says which jobs need which keys (see `job_keys.py`)."""
+JOB_ID_BYTES = 4
 
 
 def kv_key(namespace: str, key: bytes) -> bytes:
