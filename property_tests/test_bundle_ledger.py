@@ -170,6 +170,17 @@ class Ledger(RuleBasedStateMachine):
                     assert Stage.COMMITTED.name in stages.get(group, ()) or self.running[lease.lease_id]
                     assert group in stages, "its bundles were freed under it"
 
+    @invariant()
+    def what_runs_in_a_group_is_in_one_of_its_bundles(self) -> None:
+        used: dict[str, int] = {}
+        for lease in self.scheduler.leases():
+            for name, amount in lease.resources.items():
+                if "_group_" in name and not self.running.get(lease.lease_id, True) and not lease.blocked:
+                    used[name] = used.get(name, 0) + round(amount * 10_000)
+        for name, amount in used.items():
+            if not name.startswith("CPU_"):  # CPU that was lent is taken back when its lender wakes up
+                assert amount <= round(self.scheduler.total.get(name, 0) * 10_000), name
+
     def teardown(self) -> None:
         for group in GROUPS:
             for attempt in range(max(self.attempts) + 1):
@@ -187,6 +198,28 @@ class Ledger(RuleBasedStateMachine):
         self.settle()
         assert self.bundles.rows() == [] and self.scheduler.leases() == []
         assert self.scheduler.total == OWN and self.scheduler.available == OWN
+
+
+def test_a_lease_in_any_bundle_of_a_group_ends_when_no_bundle_has_what_it_asked_for() -> None:
+    scheduler = LeaseScheduler(OWN)
+    bundles = NodeBundles(scheduler)
+    (group, *_) = GROUPS
+    for attempt, resources in ((1, {"GPU": 0.3}), (2, {"CPU": 0.1}), (3, {"CPU": 0.2})):
+        bundles.prepare(group, attempt, {attempt: resources}, 0.0)
+        for grant in scheduler.dispatch(0.0, 8):
+            assert isinstance(grant, DedicatedGrant) and isinstance(grant.token, BundleToken)
+            bundles.granted(grant.token, grant.lease_id)
+        bundles.commit(group, attempt)
+    scheduler.set_demand(b"one", 1, 2, {group_resource("CPU", group): 0.1})
+    older, newer = (grant.lease_id for grant in scheduler.dispatch(0.0, 8))
+    why = "the placement group in which it ran is gone: so"
+    assert bundles.give_back(group, 3, "so") == [EndLeases((newer,), why)]  # the other bundle has room for one
+    assert bundles.leases_ended() == []
+    scheduler.end_lease(newer)
+    assert bundles.leases_ended() == [Returned(group, 3, "so")]
+    assert bundles.give_back(group, 2, "so") == [EndLeases((older,), why)]
+    scheduler.end_lease(older)
+    assert bundles.leases_ended() == [Returned(group, 2, "so")]
 
 
 TestLedger = Ledger.TestCase

@@ -102,8 +102,8 @@ class Reservation:
         self.lease_id = 0
         self.offered: dict[str, int] = {}
         """Units on offer, by name."""
-        self.ends: frozenset[str] = frozenset()
-        """While it is given back, the names of what is to be free before: leases on it run in these bundles."""
+        self.ends: tuple[int, ...] = ()
+        """While it is given back, the leases that run in these bundles and are to end before."""
         self.reason = ""
         """Why it is being given back."""
 
@@ -240,7 +240,7 @@ class NodeBundles:
         """Leases have ended: some were perhaps the last ones in bundles that are given back."""
         effects: list[BundleEffect] = []
         for reservation in list(self._returning.values()):
-            if not self._scheduler.leases_on(reservation.ends):
+            if not self._scheduler.runs(reservation.ends):
                 effects += self._free(reservation)
         return effects
 
@@ -254,25 +254,35 @@ class NodeBundles:
             return self._free(reservation)
         self._scheduler.change_total(reservation.offered, -1)
         reservation.ends = self._ends(reservation)
-        leases = self._scheduler.leases_on(reservation.ends)
-        if not leases:
+        if not reservation.ends:
             return self._free(reservation)
         reservation.stage = Stage.RETURNING
         self._returning[reservation.token] = reservation
-        return [EndLeases(tuple(leases), f"the placement group in which it ran is gone: {reason}")]
+        return [EndLeases(reservation.ends, f"the placement group in which it ran is gone: {reason}")]
 
-    def _ends(self, reservation: Reservation) -> frozenset[str]:
-        """What leases in these bundles ask for. What runs in any bundle of the group ends with the last one."""
+    def _ends(self, reservation: Reservation) -> tuple[int, ...]:
+        """The leases that run in these bundles, which are not on offer any more.
+
+        Which bundle a lease runs in that asks for any one of the group is not decided: it goes on as long as the other
+        bundles have what it asked for, and of several the oldest ones do.
+        """
         group_id = reservation.token.group_id
-        last = all(
-            other is reservation or other.stage is not Stage.COMMITTED for other in self._by_group[group_id].values()
-        )
-        own = {
-            group_resource(name, group_id, index)
-            for index, resources in reservation.bundles.items()
-            for name in (*resources, BUNDLE)
-        }
-        return frozenset(name for name in reservation.offered if last or name in own)
+        others = [
+            other for other in self._by_group[group_id].values()
+            if other is not reservation and other.stage is Stage.COMMITTED
+        ]  # fmt: skip
+        on_offer: set[str] = set()
+        certain: set[str] = set()
+        for other in others:
+            on_offer.update(other.offered)
+            certain.update(_in_certain_bundles(other))
+        gone = {name for name in reservation.offered if name not in on_offer} | _in_certain_bundles(reservation)
+        ends = dict.fromkeys(self._scheduler.leases_on(gone))
+        spared = set(self._scheduler.leases_on(certain - gone))
+        for name in reservation.offered:
+            if name not in gone:
+                ends.update(dict.fromkeys(self._scheduler.leases_over(name, ends, spared)))
+        return tuple(ends)
 
     def _free(self, reservation: Reservation) -> list[BundleEffect]:
         lease_id = self._scheduler.cancel_dedicated(reservation.token)
@@ -295,6 +305,15 @@ class NodeBundles:
         del group[reservation.token]
         if not group:
             del self._by_group[reservation.token.group_id]
+
+
+def _in_certain_bundles(reservation: Reservation) -> set[str]:
+    """The names for those who ask for a certain bundle of it."""
+    return {
+        group_resource(name, reservation.token.group_id, index)
+        for index, resources in reservation.bundles.items()
+        for name in (*resources, BUNDLE)
+    }
 
 
 def _sum(bundles: Mapping[int, Mapping[str, float]]) -> dict[str, float]:

@@ -23,7 +23,7 @@ request for all CPUs idles the node for as long as the longest task runs); revok
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping
 from typing import NamedTuple
 from weakref import WeakValueDictionary
 
@@ -316,6 +316,10 @@ class LeaseScheduler:
                 dedicated.reported = False
                 self._refresh_dedicated(dedicated)
 
+    def runs(self, lease_ids: Iterable[int]) -> bool:
+        """Whether any of these leases has not ended."""
+        return any(lease_id in self._leases for lease_id in lease_ids)
+
     def leases_on(self, names: Collection[str]) -> list[int]:
         """The leases that hold some of these resources, oldest first. Looks at all leases."""
         if not names:
@@ -323,6 +327,24 @@ class LeaseScheduler:
         return [
             lease.lease_id for lease in self._leases.values() if any(name in names for name in lease.shape.names)
         ]
+
+    def leases_over(self, name: str, left_out: Collection[int], spared: Collection[int]) -> list[int]:
+        """The newest leases on `name` without which the others fit into what there is of it, `left_out` not counted.
+        None of `spared` is among them. Looks at all leases."""
+        used = [
+            (lease.lease_id, lease.shape.request.units[name])
+            for lease in self._leases.values()
+            if name in lease.shape.names and lease.lease_id not in left_out
+        ]
+        over = sum(units for _, units in used) - self._node.total_units(name)
+        found: list[int] = []
+        for lease_id, units in reversed(used):
+            if over <= 0:
+                break
+            if lease_id not in spared:
+                found.append(lease_id)
+                over -= units
+        return found
 
     def infeasible(self) -> list[Infeasible | DedicatedInfeasible]:
         """Demand that this node can never meet, each reported once until the total changes or it is withdrawn."""

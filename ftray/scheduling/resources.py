@@ -184,6 +184,10 @@ class NodeResources:
         """Amounts by name that are free; negative where workers that woke up took theirs back."""
         return {name: units / UNITS_PER_ONE for name, units in self._available.items()}
 
+    def total_units(self, name: str) -> int:
+        """What there is of it in all, free or not."""
+        return self._total.get(name, 0)
+
     def fits(self, request: ResourceSet) -> bool:
         """Whether the request could be allocated now."""
         available = self._available
