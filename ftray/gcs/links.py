@@ -6,9 +6,10 @@ answers, and moves on when that one is gone.
 Rules
 - A client prefers the leader for everything. A head that does not lead says so; the link to it stays, since it serves
   what any head can, until the leader answers on another one, the *scout*. Then that takes its place, in one step.
-- Whom a follower names is scouted at once, unless that head was silent a moment ago (a frozen leader is named until
-  the others have noticed). Without a name, or after a scout in vain, the other heads are looked at in turn, after a
-  pause: a follower says by itself when it knows a leader, so that only helps where the follower is cut off.
+- Whom a follower names is scouted at once, unless that head was silent a moment ago and has not been elected since (a
+  frozen leader is named until the others have noticed). Without a name, or after a scout in vain, the other heads are
+  looked at in turn, after a pause: a follower says by itself when it knows a leader, so that only helps where the
+  follower is cut off.
 - A scout whose head does not lead stays until then, for who is elected is known to its followers some milliseconds
   before it may lead itself (its first entry must be on disks): it says when it does.
 - A head that is behind what this client has seen keeps what it is asked. It is left after `BEHIND_MS`.
@@ -297,6 +298,7 @@ class HeadLinks:
         """This one leads, and these are all heads."""
         self._end_scout()
         self._looks = 0
+        self._failed_ms.clear()  # who was silent then may lead next
         if endpoints:
             at = link.peer
             self.endpoints[:] = [at, *(each for each in endpoints if each != at)] if at in endpoints else [*endpoints]
@@ -324,6 +326,9 @@ class HeadLinks:
         if link is not self.link:
             return  # the callback has closed it
         leader = message.leader
+        if link.tag == "names nobody":
+            self._failed_ms.pop(leader, None)  # it was elected just now
+        link.tag = "" if leader else "names nobody"
         if leader and leader not in (link.peer, self._scout_at) and not self._was_silent(leader):
             self._send_scout(leader)
         elif self._scout is None and self._scout_timer is None:
@@ -365,6 +370,7 @@ class HeadLinks:
         link = self.link
         others = [each for each in self.endpoints if link is None or each != link.peer]
         if others and link is not None and not self.leads:
+            others = [each for each in others if not self._was_silent(each)] or others
             self._scout_next += 1
             self._send_scout(others[self._scout_next % len(others)])
 

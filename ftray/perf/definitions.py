@@ -95,7 +95,11 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     Benchmark(
         "gcs-frozen", "write after the leader's SIGSTOP", "ms", gcs.leader_frozen, False, 600, rounds=5, session=None,
     ),
-    Benchmark("gcs-idle-leader", "idle head that leads, of a core", "%", gcs.idle_leader, False, 1.5, session=None),
-    Benchmark("gcs-idle", "idle head that follows, of a core", "%", gcs.idle_follower, False, 1.0, session=None),
+    Benchmark(
+        "gcs-restart", "restart of a head with 100,000 entries", "ms", gcs.head_restarted, False, 2_000,
+        session=None,
+    ),
+    Benchmark("gcs-idle-leader", "idle head that leads, of a core", "%", gcs.idle_leader, False, 2.5, session=None),
+    Benchmark("gcs-idle", "idle head that follows, of a core", "%", gcs.idle_follower, False, 1.5, session=None),
 )  # fmt: skip
 """In the order in which they are run and shown."""

@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ READS_IN_FLIGHT = 64
 SLICE_S = 0.4
 WARM_UP_S = 0.3
 LIMIT_S = 20.0
+ENTRIES = 100_000
+LOAD_LIMIT_S = 120.0
 IDLE_S = 4.0
 IDLE_WARM_UP_S = 1.0
 SETTLE_S = 0.1
@@ -53,16 +56,16 @@ class Clients:
 
         return GcsClient(self.reactor, self.cluster.endpoints, os.urandom(16))
 
-    def until(self, condition: Callable[[], Any]) -> None:
+    def until(self, condition: Callable[[], Any], limit_s: float = LIMIT_S) -> None:
         """Drives the reactor until that holds. Raises TimeoutError."""
-        deadline = time.monotonic() + LIMIT_S
+        deadline = time.monotonic() + limit_s
         reactor = self.reactor
         with reactor.reader:
             with reactor.lock:
                 reactor.flush_dirty()
             while not condition():
                 if time.monotonic() > deadline:
-                    raise TimeoutError(f"not within {LIMIT_S:g} s")
+                    raise TimeoutError(f"not within {limit_s:g} s")
                 reactor.poll(min(1.0, reactor.next_timer_s()))
 
     def begin_write(self, client: GcsClient, done: Callable[[Any], None]) -> None:
@@ -216,6 +219,33 @@ def leader_killed(system: Any) -> Samples:
 def leader_frozen(system: Any) -> Samples:
     """After SIGSTOP."""
     yield from _after(_freeze, _thaw)
+
+
+def head_restarted(system: Any) -> Samples:
+    """Milliseconds from the start of a head that was killed, with `ENTRIES` entries in its journal, until it is a
+    member that has them all."""
+    with _clients() as clients:
+        writers = [clients.client() for _ in range(WRITERS)]
+        cluster, left, answered = clients.cluster, [ENTRIES], [0]
+
+        def write(client: GcsClient, _: Any = None) -> None:
+            answered[0] += _ is not None
+            if left[0] > 0:
+                left[0] -= 1
+                clients.begin_write(client, partial(write, client))
+
+        for writer in writers:
+            write(writer)
+        clients.until(lambda: answered[0] >= ENTRIES, limit_s=LOAD_LIMIT_S)
+        while True:
+            index = (cluster.leader() + 1) % HEADS
+            cluster.kill_head(index)
+            started = time.perf_counter()
+            cluster.restart_head(index)
+            while cluster.ask_head(index)["applied_index"] < ENTRIES:
+                pass
+            yield (time.perf_counter() - started) * 1e3
+            _catch_up(clients, writers[0])
 
 
 def _idle(leads: bool) -> Samples:

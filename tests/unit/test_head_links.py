@@ -283,6 +283,47 @@ def test_a_client_that_only_watches_notices_a_frozen_follower(play: Play) -> Non
     play.until(lambda: play.client.served_by not in ("", first.endpoint), limit_ms=12 * SILENCE_MS)
 
 
+def freeze(head: Scripted) -> None:
+    head.awake, head.role = False, None
+
+
+def thaw(head: Scripted, role: m.Message) -> None:
+    head.awake, head.role = True, role
+
+
+def test_who_was_silent_before_another_head_led_is_asked_at_once_when_it_leads(play: Play) -> None:
+    first, second, third = play.heads
+    first.role, third.role = play.leads(0), play.follows(0)
+    second.role = GcsHeads((second.endpoint, third.endpoint, first.endpoint))  # the third is the next to be asked
+    play.client.command(put(b"k"), lambda result: None)
+    play.until(lambda: play.client.served_by == first.endpoint)
+    freeze(first)
+    play.until(lambda: play.client.served_by == second.endpoint and play.client.connected)
+    thaw(first, play.leads(0))
+    freeze(second)
+    play.until(lambda: third.of(m.GcsHello), limit_ms=3 * SILENCE_MS)
+    play.settle()  # no time passes
+    assert play.client.served_by == first.endpoint and play.client.connected
+
+
+def test_a_frozen_head_that_is_still_named_is_asked_again_when_it_is_elected(play: Play) -> None:
+    first, second, _ = play.heads
+    first.role, second.role = play.leads(0), play.follows(0)
+    play.client.command(put(b"k"), lambda result: None)
+    play.until(lambda: play.client.served_by == first.endpoint)
+    freeze(first)
+    play.until(lambda: play.client.served_by == second.endpoint)
+    links = len(first.links)
+    play.settle()
+    assert len(first.links) == links  # the follower has not noticed yet
+    second.say(play.follows(None))
+    play.settle()
+    thaw(first, play.leads(0))
+    second.say(play.follows(0))
+    play.settle()
+    assert play.client.served_by == first.endpoint and play.client.connected
+
+
 def test_a_client_without_a_link_hears_of_new_heads(play: Play) -> None:
     """All heads may be replaced while it has nothing to ask."""
     old, second, new = play.heads
