@@ -86,6 +86,9 @@ def block(reactor: Reactor, waiter: Waiter, timeout_s: float | None) -> bool:
                     break
                 with reactor.lock:
                     reactor.handle(events)
+        except (OSError, ValueError):  # its descriptors were closed under this thread
+            if not reactor.closed:
+                raise
         finally:
             reactor.open_gate()
             reader.release()
