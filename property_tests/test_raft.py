@@ -11,14 +11,11 @@ import os
 from collections.abc import Callable
 
 import pytest
+from planted import sessions_ignored, votes_for_any_log
 from raft_world import Client, Host, World
 
-from ftray.gcs.raft import messages
-from ftray.gcs.raft.elections import Elections
-from ftray.gcs.raft.library import Engine
 from ftray.gcs.raft.log import RaftLog
 from ftray.gcs.state.errors import GcsError
-from ftray.gcs.state.state import GcsState
 
 SEEDS = int(os.environ.get("FTRAY_RAFT_SEEDS", "40"))
 """In each of the groups below."""
@@ -143,30 +140,7 @@ def sync_later(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(RaftLog, "sync", sync)
 
 
-def take_any_log(patch: pytest.MonkeyPatch) -> None:
-    """Votes for candidates that lack entries."""
-    real = Engine.on_vote_request
-    patch.setattr(
-        Engine, "on_vote_request",
-        lambda engine, peer, event: real(engine, peer, messages.VoteRequest(event.term, 1 << 60, 1 << 60)),
-    )  # fmt: skip
-    real_ask = Elections.on_request
-    patch.setattr(
-        Elections, "on_request",
-        lambda elections, peer, event, now_ms: real_ask(
-            elections, peer, messages.PreVoteRequest(event.term, 1 << 60, 1 << 60, event.attempt), now_ms
-        ),
-    )  # fmt: skip
-
-
-def apply_twice(patch: pytest.MonkeyPatch) -> None:
-    """No sessions: a repeated command takes effect again."""
-    patch.setattr(GcsState, "recall", lambda state, client, sequence, checksum=0: None)
-    real = GcsState.apply
-    patch.setattr(GcsState, "apply", lambda state, client, sequence, command, *rest: real(state, b"", 0, command))
-
-
-@pytest.mark.parametrize("plant", [sync_later, take_any_log, apply_twice])
+@pytest.mark.parametrize("plant", [sync_later, votes_for_any_log, sessions_ignored])
 def test_a_planted_fault_is_found(plant: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
     plant(monkeypatch)
     for seed in range(PLANTED_SEEDS):
